@@ -1,0 +1,7 @@
+//! Engines, model, learning and tasks of Manyhands.
+//!
+//! Pure by design: no I/O, no clock, no entropy. Seeds, bytes and a `wgpu::Device` come in as
+//! arguments; what to do comes out as values, so that one machine can run a whole swarm in a test.
+
+pub mod learn;
+pub mod tasks;
