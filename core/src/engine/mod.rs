@@ -1,0 +1,195 @@
+//! The engines: three implementations of one small set of operations, equal bit for bit.
+//!
+//! [`twin::Twin`] is the definition (plain loops), `cpu::Cpu` runs everywhere with threads and
+//! SIMD, `gpu::Gpu` is wgpu. The model ([`crate::model::decoder`]) is written once over
+//! [`Engine`]. Tensors live in the engine; only scalars, sampled tokens and gradients are read.
+
+pub mod twin;
+
+use std::future::Future;
+
+pub use manyhands_shaders::bfp::Tiles;
+pub use manyhands_shaders::twin::logits::{RowStats, SeedRow};
+pub use manyhands_shaders::twin::{Saturations, Segment};
+use manyhands_shaders::twin::{
+    attention::AttentionConstants, rmsnorm::NormConstants, rope::RopeTable,
+};
+
+/// Integer constants of a model that every engine needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Constants {
+    /// Norm over the width.
+    pub norm: NormConstants,
+    /// Attention shape and scales.
+    pub attention: AttentionConstants,
+    /// Rotary tables for the whole context.
+    pub rope: RopeTable,
+}
+
+/// Tokens of one or more sequences: segment after segment, row after row, without gaps.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// (N) token ids.
+    pub tokens: Vec<u32>,
+    /// Which rows belong to which sequence.
+    pub segments: Vec<Segment>,
+}
+
+impl Batch {
+    /// Whole sequences from position 0, sequence `i` in cache slot `i`.
+    pub fn sequences<'a>(sequences: impl IntoIterator<Item = &'a [u32]>) -> Self {
+        let mut batch = Self::default();
+        for (slot, tokens) in sequences.into_iter().enumerate() {
+            batch.push(slot, 0, tokens);
+        }
+        batch
+    }
+
+    /// Appends `tokens` of the sequence in `slot`, the first of them at `position`.
+    pub fn push(&mut self, slot: usize, position: usize, tokens: &[u32]) {
+        let first_row = self.tokens.len();
+        self.segments.push(Segment { first_row, rows: tokens.len(), slot, position });
+        self.tokens.extend_from_slice(tokens);
+    }
+
+    /// N.
+    pub fn rows(&self) -> usize {
+        self.tokens.len()
+    }
+}
+
+/// Why an engine could not finish. The CPU engines never fail.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    /// The device went away: driver reset, unplugged, or out of memory.
+    #[error("the graphics device was lost ({0}); start again, or use --engine cpu")]
+    DeviceLost(String),
+    /// A buffer larger than the adapter allows.
+    #[error(
+        "a buffer of {needed} bytes is over this adapter's limit of {limit}; use a smaller batch or --engine cpu"
+    )]
+    BufferTooLarge {
+        /// Bytes asked for.
+        needed: u64,
+        /// Bytes allowed.
+        limit: u64,
+    },
+}
+
+/// One implementation of the decoder's operations. N rows, C channels, V vocabulary.
+///
+/// Operations that return tensors may run later; the `async` reads wait for them. Shape mismatches
+/// are bugs and panic. Each operation is defined by the function of [`manyhands_shaders::twin`]
+/// that its documentation names.
+pub trait Engine {
+    /// (N, C) `i32` fixed point.
+    type Tensor;
+    /// (N, C) 11-bit block floating point, blocks of 32 channels: the input of a product.
+    type Blocks;
+    /// What RMSNorm keeps for its backward pass.
+    type Norm;
+    /// A weight matrix (O, C), ready for `x W^T` and `dy W`, and as an embedding.
+    type Weight;
+    /// (C) gains in Q3.12.
+    type Gain;
+    /// (N, H, D) rotated queries.
+    type Queries;
+    /// Keys and values of one layer.
+    type Cache;
+    /// The integer gradient of one parameter tensor, `FX(16)`, summed in 64 bits.
+    type Gradient;
+
+    /// The model's constants, given at construction.
+    fn constants(&self) -> &Constants;
+    /// Uploads a weight matrix.
+    fn weight(&self, tiles: &Tiles) -> Self::Weight;
+    /// Uploads gains (C).
+    fn gain(&self, gain: &[i32]) -> Self::Gain;
+    /// Uploads a tensor (N, `cols`).
+    fn tensor(&self, data: &[i32], cols: usize) -> Self::Tensor;
+    /// An empty cache of `slots` sequences of up to `capacity` tokens.
+    fn cache(&self, slots: usize, capacity: usize) -> Self::Cache;
+    /// A zero gradient of `rows` x `cols` parameters.
+    fn gradient(&self, rows: usize, cols: usize) -> Self::Gradient;
+
+    /// `twin::embedding::forward`: (N, C).
+    fn embed(&self, embedding: &Self::Weight, batch: &Batch) -> Self::Tensor;
+    /// `twin::rmsnorm::forward`, quantised to blocks.
+    fn rmsnorm(&self, h: &Self::Tensor, gain: &Self::Gain) -> (Self::Blocks, Self::Norm);
+    /// `twin::matmul::matmul` of `x` (N, C) with each of `w` (O, C): (N, O) in `FX(16)` each.
+    fn linear<const K: usize>(&self, x: &Self::Blocks, w: [&Self::Weight; K]) -> [Self::Tensor; K];
+    /// `h = sat(h + x W^T)`.
+    fn linear_add(&self, x: &Self::Blocks, w: &Self::Weight, h: &mut Self::Tensor);
+    /// `twin::attention::heads`.
+    fn heads(
+        &self,
+        qkv: &[Self::Tensor; 3],
+        batch: &Batch,
+        cache: &mut Self::Cache,
+    ) -> Self::Queries;
+    /// `twin::attention::forward`, quantised to blocks.
+    fn attention(&self, q: &Self::Queries, cache: &Self::Cache, batch: &Batch) -> Self::Blocks;
+    /// `twin::swiglu::forward` of (gate, up), quantised to blocks.
+    fn swiglu(&self, gate_up: &[Self::Tensor; 2]) -> Self::Blocks;
+    /// The given rows of `x`, in the given order.
+    fn rows(&self, x: &Self::Tensor, rows: &[u32]) -> Self::Tensor;
+
+    /// `twin::logits::seed`: (N, V) in `FX(20)`.
+    fn seed(&self, logits: &Self::Tensor, rows: &[SeedRow], scale: i32) -> Self::Tensor;
+    /// Gradient of [`Self::linear`]: returns `dx = sat(sum of dy_k W_k)` in ascending `k`, in
+    /// `FX(20)`; `grads[k] +=` `twin::matmul::weight_gradient`.
+    fn linear_backward<const K: usize>(
+        &self,
+        dy: [&Self::Tensor; K],
+        x: &Self::Blocks,
+        w: [&Self::Weight; K],
+        batch: &Batch,
+        grads: [&mut Self::Gradient; K],
+    ) -> Self::Tensor;
+    /// `twin::rmsnorm::backward`: `dh = sat(dh + ...)`, `grad +=`. `dh` of `None` counts as zero.
+    fn rmsnorm_backward(
+        &self,
+        dn: &Self::Tensor,
+        norm: &Self::Norm,
+        gain: &Self::Gain,
+        grad: &mut Self::Gradient,
+        dh: Option<Self::Tensor>,
+    ) -> Self::Tensor;
+    /// `twin::swiglu::backward`: gradients of (gate, up).
+    fn swiglu_backward(&self, da: &Self::Tensor, gate_up: &[Self::Tensor; 2]) -> [Self::Tensor; 2];
+    /// `twin::attention_backward::backward`: gradients of (q, k, v) before rotation.
+    fn attention_backward(
+        &self,
+        d_out: &Self::Tensor,
+        q: &Self::Queries,
+        cache: &Self::Cache,
+        batch: &Batch,
+    ) -> [Self::Tensor; 3];
+    /// `twin::embedding::backward`: `grad +=`.
+    fn embed_backward(&self, dh: &Self::Tensor, batch: &Batch, grad: &mut Self::Gradient);
+
+    /// `twin::logits::stats` of every row for the given targets.
+    fn stats(
+        &self,
+        logits: &Self::Tensor,
+        targets: &[u32],
+        scale: i32,
+    ) -> impl Future<Output = Result<Vec<RowStats>, EngineError>>;
+    /// `twin::logits::sample` of every row, with the statistics of the sampled token.
+    /// A draw of `None` takes the most likely token.
+    fn sample(
+        &self,
+        logits: &Self::Tensor,
+        draws: &[Option<u64>],
+        scale: i32,
+    ) -> impl Future<Output = Result<Vec<(u32, RowStats)>, EngineError>>;
+    /// Reads a tensor, for tests and tools.
+    fn read(&self, x: &Self::Tensor) -> impl Future<Output = Result<Vec<i32>, EngineError>>;
+    /// Reads a gradient (unpadded, row-major).
+    fn read_gradient(
+        &self,
+        grad: &Self::Gradient,
+    ) -> impl Future<Output = Result<Vec<i64>, EngineError>>;
+    /// The saturations since the last call, which starts a new tally.
+    fn take_saturations(&self) -> impl Future<Output = Result<Saturations, EngineError>>;
+}
