@@ -3,6 +3,7 @@
 //! Pure by design: no I/O, no clock, no entropy. Seeds, bytes and a `wgpu::Device` come in as
 //! arguments; what to do comes out as values, so that one machine can run a whole swarm in a test.
 
+pub mod checkpoint;
 pub mod conformance;
 pub mod engine;
 pub mod learn;

@@ -5,4 +5,7 @@
 
 pub mod config;
 pub mod decoder;
+pub mod generate;
+pub mod init;
+pub mod tokenizer;
 pub mod weights;

@@ -1,0 +1,64 @@
+//! Byte tokenizer of the models that are trained from nothing: a token is a byte.
+//!
+//! The control bytes 1 and 2 serve as beginning and end of sequence. A vocabulary of 128 covers
+//! ASCII, 256 everything.
+
+/// Begins every sequence.
+pub const BEGIN: u32 = 1;
+/// Ends a completion.
+pub const END: u32 = 2;
+/// Smallest vocabulary that covers ASCII.
+pub const ASCII_VOCABULARY: usize = 128;
+
+/// Text that this vocabulary cannot spell.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "byte {byte:#04x} at offset {offset} is outside a vocabulary of {vocabulary} byte tokens; use model.vocabulary = 256, or plain ASCII"
+)]
+pub struct EncodeError {
+    /// The byte.
+    pub byte: u8,
+    /// Where it stands.
+    pub offset: usize,
+    /// Size of the vocabulary.
+    pub vocabulary: usize,
+}
+
+/// Tokens of `text`, without begin or end.
+pub fn encode(text: &str, vocabulary: usize) -> Result<Vec<u32>, EncodeError> {
+    let token = |(offset, byte): (usize, u8)| {
+        let special = u32::from(byte) <= END;
+        if special || usize::from(byte) >= vocabulary {
+            return Err(EncodeError { byte, offset, vocabulary });
+        }
+        Ok(u32::from(byte))
+    };
+    text.bytes().enumerate().map(token).collect()
+}
+
+/// A prompt: begin, then the text.
+pub fn encode_prompt(text: &str, vocabulary: usize) -> Result<Vec<u32>, EncodeError> {
+    let mut tokens = vec![BEGIN];
+    tokens.extend(encode(text, vocabulary)?);
+    Ok(tokens)
+}
+
+/// Text of tokens; begin and end are left out, what is not UTF-8 is replaced.
+pub fn decode(tokens: &[u32]) -> String {
+    let bytes: Vec<u8> =
+        tokens.iter().filter(|&&t| t > END).map(|&t| u8::try_from(t).unwrap_or(b'?')).collect();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn encode_decode_round_trips_and_refuses_what_it_cannot_spell() {
+        assert_eq!(decode(&encode_prompt("12+7=", 128).unwrap()), "12+7=");
+        assert_eq!(decode(&encode("é", 256).unwrap()), "é");
+        assert_eq!(encode("aé", 128).unwrap_err().offset, 1);
+        assert_eq!(encode("\u{2}", 128).unwrap_err().byte, 2);
+    }
+}
