@@ -1,0 +1,293 @@
+//! The run file: every setting of a run, typed, documented and validated before anything starts.
+
+use serde::{Deserialize, Serialize};
+
+use crate::learn::config::LearnConfig;
+use crate::learn::optimizer::AdamWConfig;
+use crate::model::config::ModelConfig;
+use crate::model::tokenizer::ASCII_VOCABULARY;
+use crate::tasks::{Family, LEVEL_MAX};
+
+/// A whole run. In TOML: `name`, `seed`, `[model]`, `[[task]]`, `[sft]`, `[rl]`, `[eval]`,
+/// `[checkpoint]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    /// Name of the run and of its directory: letters, digits, `-` and `_`.
+    pub name: String,
+    /// Seed of initialisation, problems and sampling.
+    #[serde(default)]
+    pub seed: u64,
+    /// The decoder.
+    pub model: ModelSection,
+    /// What is trained on, and held out for evaluation.
+    #[serde(rename = "task")]
+    pub tasks: Vec<TaskSection>,
+    /// Supervised phase on worked traces; left out for none.
+    pub sft: Option<SftSection>,
+    /// Reinforcement learning; left out for none.
+    pub rl: Option<RlSection>,
+    /// Evaluation on held-out problems.
+    #[serde(default)]
+    pub eval: EvalSection,
+    /// When the state is saved.
+    #[serde(default)]
+    pub checkpoint: CheckpointSection,
+}
+
+/// A preset, or a shape of one's own.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSection {
+    /// Name of a preset: nano, micro, tiny, small, medium, base, smollm2-135m.
+    pub preset: Option<String>,
+    /// A shape, instead of a preset.
+    pub shape: Option<ModelConfig>,
+    /// Vocabulary of a preset: 128 covers ASCII, 256 every byte.
+    #[serde(default = "default_vocabulary")]
+    pub vocabulary: usize,
+    /// Longest sequence of a preset, in tokens.
+    #[serde(default = "default_context")]
+    pub context: usize,
+}
+
+fn default_vocabulary() -> usize {
+    ASCII_VOCABULARY
+}
+
+fn default_context() -> usize {
+    96
+}
+
+/// One source of problems.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TaskSection {
+    /// A procedural family.
+    pub family: Option<Family>,
+    /// Difficulty of the family, from 1.
+    pub level: Option<u32>,
+    /// A JSONL file of prompt and answer, instead of a family.
+    pub jsonl: Option<String>,
+    /// Share of the problems, relative to the other sources.
+    #[serde(default = "default_weight")]
+    pub weight: u32,
+}
+
+fn default_weight() -> u32 {
+    1
+}
+
+/// Supervised fine-tuning on worked traces.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SftSection {
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Sequences a step.
+    pub batch: usize,
+    /// AdamW; rate and schedule included.
+    #[serde(default)]
+    pub optimizer: AdamWConfig,
+}
+
+/// Reinforcement learning with verifiable rewards.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RlSection {
+    /// Rollout steps.
+    pub steps: u64,
+    /// Groups (prompts) a step.
+    pub prompts: usize,
+    /// Rollouts a prompt, G.
+    pub group_size: usize,
+    /// Sampling temperature, also of every log-probability that is trained.
+    #[serde(default = "default_temperature")]
+    pub temperature: f64,
+    /// Longest completion in tokens.
+    pub max_new_tokens: usize,
+    /// Optimizer updates a step: the groups are split into this many mini-batches.
+    #[serde(default = "default_updates")]
+    pub updates: usize,
+    /// Version of the trainer minus the version that sampled, in steps.
+    #[serde(default)]
+    pub policy_lag: usize,
+    /// Objective, advantages, KL, resets, entropy, length, dynamic sampling, optimizer.
+    #[serde(default)]
+    pub learn: LearnConfig,
+}
+
+fn default_temperature() -> f64 {
+    1.0
+}
+
+fn default_updates() -> usize {
+    1
+}
+
+/// Evaluation: `samples` completions of each of `problems` held-out problems.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvalSection {
+    /// Held-out problems.
+    pub problems: usize,
+    /// Completions a problem, n.
+    pub samples: usize,
+    /// The k of pass@k, each at most n.
+    pub k: Vec<usize>,
+    /// Sampling temperature.
+    pub temperature: f64,
+    /// Steps between evaluations in training; 0 for only before and after each phase.
+    pub every: u64,
+}
+
+impl Default for EvalSection {
+    fn default() -> Self {
+        Self { problems: 200, samples: 16, k: vec![1, 4, 16], temperature: 1.0, every: 0 }
+    }
+}
+
+/// Saving the state.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CheckpointSection {
+    /// Steps between checkpoints.
+    pub every: u64,
+    /// How many are kept.
+    pub keep: usize,
+}
+
+impl Default for CheckpointSection {
+    fn default() -> Self {
+        Self { every: 25, keep: 2 }
+    }
+}
+
+/// A run file that cannot work: which key, and what would do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{key}: {problem}")]
+pub struct RunConfigError {
+    /// Path of the key in the file.
+    pub key: String,
+    /// What is wrong and how to mend it.
+    pub problem: String,
+}
+
+fn error<T>(key: &str, problem: impl Into<String>) -> Result<T, RunConfigError> {
+    Err(RunConfigError { key: key.into(), problem: problem.into() })
+}
+
+fn within(key: &str, value: usize, low: usize, high: usize) -> Result<(), RunConfigError> {
+    if (low..=high).contains(&value) {
+        return Ok(());
+    }
+    error(key, format!("{value} is outside {low} to {high}"))
+}
+
+impl RunConfig {
+    /// The shape of the model.
+    pub fn model(&self) -> Result<ModelConfig, RunConfigError> {
+        let m = &self.model;
+        let config = match (&m.preset, &m.shape) {
+            (Some(name), None) => match ModelConfig::preset(name, m.vocabulary, m.context) {
+                Some(config) => config,
+                None => {
+                    let names: Vec<&str> = ModelConfig::preset_names().collect();
+                    let names = names.join(", ");
+                    return error("model.preset", format!("no preset {name:?}; use one of {names}"));
+                }
+            },
+            (None, Some(shape)) => shape.clone(),
+            _ => return error("model", "give either preset or [model.shape]"),
+        };
+        match config.validate() {
+            Ok(()) => Ok(config),
+            Err(e) => error(&format!("model.{}", e.key), e.problem),
+        }
+    }
+
+    /// Checks everything that can be checked without reading other files.
+    pub fn validate(&self) -> Result<(), RunConfigError> {
+        let letters = self.name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
+        if self.name.is_empty() || self.name.len() > 64 || !letters {
+            return error("name", "use 1 to 64 letters, digits, `-` or `_`");
+        }
+        let model = self.model()?;
+        if model.vocabulary < ASCII_VOCABULARY {
+            return error("model.vocabulary", format!("byte tokens need {ASCII_VOCABULARY} or more"));
+        }
+        if self.tasks.is_empty() {
+            return error("task", "add at least one [[task]] section");
+        }
+        for (i, task) in self.tasks.iter().enumerate() {
+            task.validate(i)?;
+        }
+        if let Some(sft) = &self.sft {
+            within("sft.batch", sft.batch, 1, 1 << 16)?;
+            if let Err(e) = sft.optimizer.validate() {
+                return error("sft", e.to_string());
+            }
+        }
+        if let Some(rl) = &self.rl {
+            rl.validate(&model)?;
+        }
+        self.eval.validate()?;
+        within("checkpoint.keep", self.checkpoint.keep, 1, 1000)?;
+        if self.checkpoint.every == 0 {
+            return error("checkpoint.every", "must be at least 1");
+        }
+        Ok(())
+    }
+}
+
+impl TaskSection {
+    fn validate(&self, index: usize) -> Result<(), RunConfigError> {
+        let key = |name: &str| format!("task[{index}].{name}");
+        match (&self.family, &self.jsonl) {
+            (Some(_), None) => {
+                let level = self.level.unwrap_or(1);
+                if !(1..=LEVEL_MAX).contains(&level) {
+                    return error(&key("level"), format!("{level} is outside 1 to {LEVEL_MAX}"));
+                }
+            }
+            (None, Some(_)) if self.level.is_none() => {}
+            (None, Some(_)) => return error(&key("level"), "a JSONL file has no levels; remove it"),
+            _ => return error(&key("family"), "give either family or jsonl"),
+        }
+        if self.weight == 0 {
+            return error(&key("weight"), "must be at least 1; remove the section to switch it off");
+        }
+        Ok(())
+    }
+}
+
+impl RlSection {
+    fn validate(&self, model: &ModelConfig) -> Result<(), RunConfigError> {
+        within("rl.prompts", self.prompts, 1, 1 << 14)?;
+        within("rl.group_size", self.group_size, 2, 1 << 12)?;
+        within("rl.max_new_tokens", self.max_new_tokens, 1, model.context - 1)?;
+        within("rl.updates", self.updates, 1, self.prompts)?;
+        within("rl.policy_lag", self.policy_lag, 0, 16)?;
+        if !(0.05..=20.0).contains(&self.temperature) {
+            return error("rl.temperature", format!("{} is outside 0.05 to 20", self.temperature));
+        }
+        match self.learn.validate() {
+            Ok(()) => Ok(()),
+            Err(e) => error("rl.learn", e.to_string()),
+        }
+    }
+}
+
+impl EvalSection {
+    fn validate(&self) -> Result<(), RunConfigError> {
+        within("eval.problems", self.problems, 1, 100_000)?;
+        within("eval.samples", self.samples, 1, 100_000)?;
+        if self.k.is_empty() || self.k.iter().any(|&k| k == 0 || k > self.samples) {
+            return error("eval.k", format!("each k must lie in 1 to eval.samples = {}", self.samples));
+        }
+        if !(0.05..=20.0).contains(&self.temperature) {
+            return error("eval.temperature", format!("{} is outside 0.05 to 20", self.temperature));
+        }
+        Ok(())
+    }
+}
