@@ -8,4 +8,5 @@ pub mod conformance;
 pub mod engine;
 pub mod learn;
 pub mod model;
+pub mod run;
 pub mod tasks;

@@ -13,8 +13,8 @@
 //! * **Text is ASCII and short**, made for byte-level models with contexts of 64 to 256 tokens:
 //!   see [`Family::prompt_bytes_max`] and [`Family::trace_bytes_max`].
 //!
-//! [`jsonl`] reads a user's own problems, [`Mixture`] blends families, and [`reasoning_gym`]
-//! reproduces another project's scores for comparison only.
+//! [`jsonl`] reads a user's own problems, and [`reasoning_gym`] reproduces another
+//! project's scores for comparison only.
 
 mod arithmetic;
 mod bases;
@@ -25,7 +25,6 @@ mod equations;
 mod expression;
 pub mod jsonl;
 mod letters;
-mod mixture;
 pub mod reasoning_gym;
 mod sorting;
 mod split;
@@ -34,7 +33,6 @@ mod tree;
 #[cfg(test)]
 mod tests;
 
-pub use mixture::{MIXTURE_ENTRIES_MAX, Mixture, MixtureEntry, MixtureError};
 pub use split::{HELD_OUT_ONE_IN, Split};
 
 use std::{fmt, str::FromStr};
