@@ -2,10 +2,10 @@
 //!
 //! Four estimators. Within a group of G rollouts of one prompt, with rewards `R_i`:
 //!
-//! - group-normalised (GRPO; `ProRL`, arXiv 2505.24864): `(R_i - mean) / (std + eps)`;
+//! - group-normalised (GRPO; ProRL, arXiv 2505.24864): `(R_i - mean) / (std + eps)`;
 //! - mean-only (Dr. GRPO, arXiv 2503.20783): `R_i - mean`;
 //! - leave-one-out (RLOO): `R_i - mean of the others` = `G/(G-1) (R_i - mean)`;
-//! - REINFORCE++-baseline (`ProRL` v2): `R_i - mean`, then whitened over the whole batch.
+//! - REINFORCE++-baseline (ProRL v2): `R_i - mean`, then whitened over the whole batch.
 //!
 //! Defined edge cases, where the formulas are 0/0 or noise: a group whose rewards are all equal
 //! (a group of one included) gives exact zeros, an empty group gives no advantages, and a batch
@@ -20,7 +20,7 @@ use super::scalar::{all_equal, mean};
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum AdvantageEstimator {
-    /// GRPO. `ProRL` v1.
+    /// GRPO. ProRL v1.
     GroupNormalised {
         /// Subtracted from the count in the variance: 1 (verl, TRL) or 0.
         ddof: u32,
@@ -31,7 +31,7 @@ pub enum AdvantageEstimator {
     MeanOnly,
     /// RLOO.
     LeaveOneOut,
-    /// REINFORCE++-baseline. `ProRL` v2.
+    /// REINFORCE++-baseline. ProRL v2.
     ReinforceBaseline {
         /// Statistics of the second normalisation.
         whitening: Whitening,
@@ -46,7 +46,7 @@ pub enum Whitening {
     TokenBiased,
     /// Each rollout counts once a token; variance divided by N - 1, plus 1e-8 (verl).
     TokenUnbiased,
-    /// Each rollout counts once; variance divided by N (the wording of the `ProRL` v2 blog).
+    /// Each rollout counts once; variance divided by N (the wording of the ProRL v2 blog).
     Sample,
 }
 
@@ -54,7 +54,7 @@ pub enum Whitening {
 const VERL_VARIANCE_EPS: f64 = 1e-8;
 
 impl Default for AdvantageEstimator {
-    /// `ProRL` v2 as published in `NeMo-RL`.
+    /// ProRL v2 as published in `NeMo-RL`.
     fn default() -> Self {
         Self::ReinforceBaseline { whitening: Whitening::TokenBiased }
     }

@@ -16,7 +16,7 @@
 //! mean over tokens is 1, and the divisor is N.
 //!
 //! Counts are those of the *original* loss mask. A token that importance masking rejects still
-//! counts, so that rejecting does not raise the weight of the survivors (`AReaL`).
+//! counts, so that rejecting does not raise the weight of the survivors (AReaL).
 //! B leaves out sequences without a token (as verl does), except in `dr_grpo`, whose point is a
 //! divisor that does not depend on what was sampled.
 

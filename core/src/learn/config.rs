@@ -1,7 +1,7 @@
-//! All settings of learning in one place, with the two `ProRL` presets, and the error they share.
+//! All settings of learning in one place, with the two ProRL presets, and the error they share.
 //!
 //! Every struct denies unknown keys, fills missing ones from the documented defaults (those of
-//! `ProRL` v2), and has a `validate` that names the key and the fix. Cross-field rules live here.
+//! ProRL v2), and has a `validate` that names the key and the fix. Cross-field rules live here.
 
 use std::fmt::Display;
 
@@ -66,7 +66,7 @@ impl Default for LearnConfig {
 }
 
 impl LearnConfig {
-    /// `ProRL` v1 (arXiv 2505.24864): clip 0.2/0.4, group-normalised advantages, resets that also
+    /// ProRL v1 (arXiv 2505.24864): clip 0.2/0.4, group-normalised advantages, resets that also
     /// clear the optimizer. The paper reports neither the KL coefficient nor its estimator nor the
     /// aggregation: `kl_beta` is asked for; k2 and token mean are our choice, as in v2.
     pub fn prorl_v1(kl_beta: f64) -> Self {
@@ -82,8 +82,8 @@ impl LearnConfig {
         }
     }
 
-    /// `ProRL` v2 (NVIDIA blog, 2025-08; constants of the public NeMo-RL and OpenRLHF configs):
-    /// clip 0.2/0.27, REINFORCE++-baseline, k2 with beta 1e-4, `IcePop`, resets that keep the optimizer.
+    /// ProRL v2 (NVIDIA blog, 2025-08; constants of the public `NeMo-RL` and `OpenRLHF` configs):
+    /// clip 0.2/0.27, REINFORCE++-baseline, k2 with beta 1e-4, IcePop, resets that keep the optimizer.
     pub fn prorl_v2() -> Self {
         Self {
             dynamic_sampling: DynamicSamplingConfig::default(),

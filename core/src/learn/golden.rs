@@ -1,4 +1,4 @@
-//! Access to `tests/data/golden.json`: numbers that verl, TRL, `AReaL` and prime-rl reproduce.
+//! Access to `tests/data/golden.json`: numbers that verl, TRL, AReaL and prime-rl reproduce.
 
 use serde_json::Value;
 
@@ -30,8 +30,9 @@ pub(crate) fn assert_golden(what: &str, got: &[f64], expected: &Value) {
 #[track_caller]
 pub(crate) fn assert_close(what: &str, got: &[f64], expected: &[f64], tolerance: f64) {
     assert_eq!(got.len(), expected.len(), "{what}: length");
-    let bad: Vec<usize> =
-        (0..got.len()).filter(|&i| !((got[i] - expected[i]).abs() <= tolerance)).collect();
+    // Written so that a NaN counts as different.
+    let is_close = |i: usize| (got[i] - expected[i]).abs() <= tolerance;
+    let bad: Vec<usize> = (0..got.len()).filter(|&i| !is_close(i)).collect();
     if let Some(&i) = bad.first() {
         panic!(
             "{what}: {} of {} differ, first at {i}: got {}, expected {}",

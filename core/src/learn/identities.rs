@@ -201,7 +201,7 @@ fn bandit_trained_by_integer_weights_reaches_the_closed_form_of_resets() {
     }
 }
 
-/// The whole chain, down to `AdamW` on integer gradients, climbs to the same optimum.
+/// The whole chain, down to AdamW on integer gradients, climbs to the same optimum.
 #[test]
 fn bandit_trained_by_adamw_on_integer_gradients_reaches_the_optimum() {
     let reference = initial_logprobs();

@@ -30,7 +30,7 @@ pub enum KlEstimator {
     K3Plus,
 }
 
-/// The KL term of the loss. Defaults are those of `ProRL` v2.
+/// The KL term of the loss. Defaults are those of ProRL v2.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct KlConfig {

@@ -2,7 +2,7 @@
 //!
 //! Applied in this order: `stop_properly` scales the task's reward, then both penalties are added.
 //!
-//! - cosine (`ProRL` v2): `eta_min + (eta_max - eta_min)/2 (1 + cos(pi l / L_max))`, on for some steps,
+//! - cosine (ProRL v2): `eta_min + (eta_max - eta_min)/2 (1 + cos(pi l / L_max))`, on for some steps,
 //!   then off for more. The blog's formula images are lost; this is the usual reconstruction.
 //! - soft overlong (DAPO 2503.14476; factor and form as in verl): `min(-exceed / buffer * factor, 0)` with
 //!   `exceed = l - (L_max - buffer)`, and never below `-factor`.

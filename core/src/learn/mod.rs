@@ -13,7 +13,7 @@
 //! 4. [`optimizer`] turns the integer gradient sum into new weights, at the rate of [`schedule`],
 //! 5. [`reset`] decides whether the reference policy moves, [`staleness`] what may be sampled.
 //!
-//! [`passk`] and [`support`] evaluate. [`config`] gathers all settings and the two `ProRL` presets.
+//! [`passk`] and [`support`] evaluate. [`config`] gathers all settings and the two ProRL presets.
 //! Deliberately absent: kernels, the model, and anything that knows about volunteers.
 
 pub mod advantage;

@@ -1,12 +1,12 @@
 //! Per-token policy losses, their exact gradients and what was clipped: one composable function.
 //!
-//! Notation, all natural logs: `policy` = log pi_theta, the weights being trained; `proximal` = log
-//! pi_old, the trainer's weights before this update; `sampler` = log mu, what the sampler reported.
+//! Notation, all natural logs: `policy` = log `pi_theta`, the weights being trained; `proximal` = log
+//! `pi_old`, the trainer's weights before this update; `sampler` = log mu, what the sampler reported.
 //! `r = exp(policy - proximal)`, `w = exp(proximal - sampler)`, `A` the advantage. To minimise:
 //!
 //! | surrogate | loss of a token | source |
 //! | --- | --- | --- |
-//! | `ppo` | `-min(r A, clip(r, 1-low, 1+high) A)` | PPO; decoupled clip: DAPO 2503.14476, `ProRL` 2505.24864 |
+//! | `ppo` | `-min(r A, clip(r, 1-low, 1+high) A)` | PPO; decoupled clip: DAPO 2503.14476, ProRL 2505.24864 |
 //! | + `dual_clip` c | for A < 0: `min(that, -c A)` | dual-clip PPO, as in verl |
 //! | + `delta` d | `-min(min(r, d) A, clip(r) A)` | two-sided clip, INTELLECT-2 2505.07291 |
 //! | `cispo` | `-sg(clip(r)) A policy` | MiniMax-M1 2506.13585, clip bounds as in verl |
@@ -14,7 +14,7 @@
 //! | `dppo` | `-1[keep] A exp(policy - sampler) + kl_coef (policy - sampler)^2` | 2602.04879, as in prime-rl |
 //!
 //! The first three surrogates are multiplied by `sg(f(w))`, see [`Importance`]. `Importance::Raw`
-//! with `ppo` is `AReaL`'s decoupled PPO (2505.24298). Combine freely; [`Objective::validate`] names
+//! with `ppo` is AReaL's decoupled PPO (2505.24298). Combine freely; [`Objective::validate`] names
 //! what makes no sense.
 //!
 //! Gradients are those of automatic differentiation: zero where a clip is active, passing at its
@@ -59,24 +59,24 @@ pub enum Importance {
         /// Upper bound of w: 2, or 8 for 8-bit samplers of large models.
         cap: f64,
     },
-    /// `f(w) = w` inside `[low, high]`, else 0: `IcePop`.
+    /// `f(w) = w` inside `[low, high]`, else 0: IcePop.
     Icepop {
-        /// 0.5 in `ProRL` v2.
+        /// 0.5 in ProRL v2.
         low: f64,
-        /// 5 in `ProRL` v2.
+        /// 5 in ProRL v2.
         high: f64,
     },
     /// `f(w) = w` if the sequence's geometric mean of w lies in `[low, high]`, else 0 for all of it
-    /// (`seq-mask-tis` of `ProRL` v2.1).
+    /// (`seq-mask-tis` of ProRL v2.1).
     SeqMask {
-        /// 0.999 in `ProRL` v2.1.
+        /// 0.999 in ProRL v2.1.
         low: f64,
-        /// 1.002 in `ProRL` v2.1.
+        /// 1.002 in ProRL v2.1.
         high: f64,
     },
 }
 
-/// A policy loss. Defaults are those of `ProRL` v2.
+/// A policy loss. Defaults are those of ProRL v2.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Objective {
@@ -113,12 +113,12 @@ impl Objective {
         }
     }
 
-    /// `ProRL` v1: clip 0.2 / 0.4. The paper does not mention dual clip, so it is off.
+    /// ProRL v1: clip 0.2 / 0.4. The paper does not mention dual clip, so it is off.
     pub const fn prorl_v1() -> Self {
         Self::ppo(0.2, 0.4)
     }
 
-    /// `ProRL` v2: clip 0.2 / 0.27, `IcePop` on 0.5 to 5.
+    /// ProRL v2: clip 0.2 / 0.27, IcePop on 0.5 to 5.
     pub const fn prorl_v2() -> Self {
         let importance = Importance::Icepop { low: 0.5, high: 5.0 };
         Self { importance, ..Self::ppo(0.2, 0.27) }
@@ -341,5 +341,4 @@ fn dppo(gap_max: f64, kl_coef: f64, token: TokenLogprobs, advantage: f64) -> Tok
 }
 
 #[cfg(test)]
-#[path = "objective_tests.rs"]
 mod tests;

@@ -1,4 +1,4 @@
-//! `AdamW` (Loshchilov and Hutter, 1711.05101) from exact integer gradients, the same bits anywhere.
+//! AdamW (Loshchilov and Hutter, 1711.05101) from exact integer gradients, the same bits anywhere.
 //!
 //! ```text
 //! g = sum * 2^-(16+S) / divisor * clip          clip = min(1, grad_norm_max / |g|)
@@ -21,13 +21,14 @@ use serde::{Deserialize, Serialize};
 
 use super::config::{ConfigError, require};
 use super::schedule::Schedule;
-use super::weights::{GradientScale, WEIGHT_FRACTION_BITS};
+use super::weights::{GradientScale, LOSS_SCALE_LOG2_MAX, WEIGHT_FRACTION_BITS};
 
 /// Elements whose squares are summed before they meet those of other chunks.
 pub const NORM_CHUNK: usize = 4096;
 const LANES: usize = 8;
 
-/// Settings of the optimizer. Defaults are those of `ProRL`, `AdamW` with a constant rate of 2e-6.
+/// Settings of the optimizer. The rate is ProRL v1's, constant; the paper reports neither betas nor decay,
+/// so those are PyTorch's.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AdamWConfig {
@@ -43,7 +44,7 @@ pub struct AdamWConfig {
     pub weight_decay: f64,
     /// Gradients of a larger global norm are scaled down to it; default 1.
     pub grad_norm_max: Option<f64>,
-    /// Default: constant, no warm-up.
+    /// Factor of the base rate; default constant, no warm-up.
     pub schedule: Schedule,
 }
 
@@ -160,7 +161,7 @@ impl AdamW {
         Self { moment_step: 0, update_count: 0, tensors }
     }
 
-    /// Clears moments and bias correction, as `ProRL` v1 does with a reference reset. Master weights
+    /// Clears moments and bias correction, as ProRL v1 does with a reference reset. Master weights
     /// and the schedule go on.
     pub fn reset(&mut self) {
         self.moment_step = 0;
@@ -181,9 +182,10 @@ impl AdamW {
         if !(scale.divisor > 0.0 && scale.divisor.is_finite()) {
             return Err(OptimizerError::Divisor(scale.divisor));
         }
-        let bits = f64::from(WEIGHT_FRACTION_BITS + scale.loss_scale_log2);
-        let factor = libm::exp2(-bits) / scale.divisor;
-        let grad_norm = square_sums.iter().sum::<f64>().sqrt() * factor;
+        assert!(scale.loss_scale_log2 <= LOSS_SCALE_LOG2_MAX, "loss scale beyond its bound");
+        let unit = f64::from(1_u32 << (WEIGHT_FRACTION_BITS + scale.loss_scale_log2));
+        let factor = 1.0 / (unit * scale.divisor);
+        let grad_norm = square_sums.iter().fold(0.0, |a, b| a + b).sqrt() * factor;
         let clip = match config.grad_norm_max {
             Some(limit) if grad_norm > limit => limit / grad_norm,
             _ => 1.0,
@@ -282,5 +284,4 @@ pub fn update(
 }
 
 #[cfg(test)]
-#[path = "optimizer_tests.rs"]
 mod tests;

@@ -1,6 +1,6 @@
 //! When the reference policy is replaced by the current one.
 //!
-//! `ProRL` v1 (arXiv 2505.24864) resets when validation stagnates and re-initialises the optimizer;
+//! ProRL v1 (arXiv 2505.24864) resets when validation stagnates and re-initialises the optimizer;
 //! v2 resets every 200 to 500 steps, on a KL spike, or on stalled validation, and keeps the
 //! optimizer. v1's trigger was a human decision: patience and minimum gain are ours.
 //!
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::{ConfigError, require};
 
-/// Triggers, any of which suffices. Defaults are those of `ProRL` v2.
+/// Triggers, any of which suffices. Defaults are those of ProRL v2.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ResetConfig {
@@ -98,7 +98,8 @@ impl ResetConfig {
         }
     }
 
-    /// Resets every 400 steps and keeps the optimizer.
+    /// Resets every 400 steps (published: 200 to 500) and keeps the optimizer. The thresholds of its
+    /// other two triggers are not published, so those are off.
     pub const fn prorl_v2() -> Self {
         Self { every_steps: Some(400), kl_above: None, stalled: None, reset_optimizer: false }
     }

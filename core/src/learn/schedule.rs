@@ -13,7 +13,7 @@ use super::config::{ConfigError, require};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Shape {
-    /// The base rate, for ever. The default (`ProRL`).
+    /// The base rate, for ever. The default (ProRL).
     #[default]
     Constant,
     /// A straight line from 1 to `floor`.

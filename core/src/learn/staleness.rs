@@ -1,4 +1,4 @@
-//! How far sampling may run ahead of training: `AReaL`'s staleness gate (arXiv 2505.24298, eq. 3).
+//! How far sampling may run ahead of training: AReaL's staleness gate (arXiv 2505.24298, eq. 3).
 //!
 //! With batches of B rollouts, a trainer at version i and a bound eta on the policy lag, the N-th
 //! rollout may be submitted iff `floor((N - 1) / B) <= i + eta`: it will enter batch

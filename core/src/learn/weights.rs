@@ -37,7 +37,7 @@ pub fn logprob_from_fixed(fixed: i32) -> f64 {
     f64::from(fixed) / f64::from(1_u32 << LOGPROB_FRACTION_BITS)
 }
 
-/// The loss as a function of log-probabilities and advantages. Defaults are those of `ProRL` v2.
+/// The loss as a function of log-probabilities and advantages. Defaults are those of ProRL v2.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LossConfig {
@@ -192,7 +192,8 @@ struct Token {
     policy: TokenLoss,
 }
 
-/// Makes the weights of a batch. Everything is summed rollout by rollout, token by token.
+/// Makes the weights of a batch, under a config that passed [`LossConfig::validate`]. Everything is
+/// summed rollout by rollout, token by token.
 pub fn batch_weights(
     config: &LossConfig,
     rollouts: &[RolloutTokens<'_>],
@@ -388,5 +389,4 @@ impl Rounding {
 }
 
 #[cfg(test)]
-#[path = "weights_tests.rs"]
 mod tests;
