@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! w_it = round_half_even(-c_i (d policy_it + beta d kl_it) / d logprob_it * 2^(16+S))
-//! u_it = round_half_even( c_i alpha                                      * 2^(16+S))
+//! u_it = round_half_even( c_i alpha ln 2                                 * 2^(16+S))
 //! ```
 //!
 //! as `i32`, clamped to `+-(2^30 - 1)` with a count. Never is a weight divided by a token count:
@@ -15,6 +15,8 @@
 //! Masked tokens weigh 0. Importance weights multiply the policy term only, not KL or entropy.
 //!
 //! Batch statistics are plain means over unmasked tokens unless named otherwise.
+
+use std::f64::consts::LN_2;
 
 use manyhands_shaders::x1::LIM;
 use serde::{Deserialize, Serialize};
@@ -139,7 +141,8 @@ pub struct GradientScale {
 pub struct BatchWeights {
     /// `w`, `(B, T)` ragged: weight of `-logprob`, `FX(16) x 2^S`.
     pub token_weights: Vec<Vec<i32>>,
-    /// `u`, `(B, T)` ragged: weight of `-H`, `FX(16) x 2^S`.
+    /// `u`, `(B, T)` ragged: weight of `-H` in bits (the kernels measure entropy to base 2),
+    /// `FX(16) x 2^S`.
     pub entropy_weights: Vec<Vec<i32>>,
     /// For the optimizer.
     pub scale: GradientScale,
@@ -223,7 +226,7 @@ pub fn batch_weights(
         let beta = config.kl.beta;
         let weight = -(c * (policy.dloss_dlogprob + beta * kl.dvalue_dlogprob));
         token_weights[*i][*t] = rounding.round(weight);
-        entropy_weights[*i][*t] = rounding.round(c * step.entropy_coefficient);
+        entropy_weights[*i][*t] = rounding.round(c * step.entropy_coefficient * LN_2);
 
         stats.policy_loss += c * policy.loss;
         stats.loss += c * (policy.loss + beta * kl.value - step.entropy_coefficient * entropy);

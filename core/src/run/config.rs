@@ -194,7 +194,10 @@ impl RunConfig {
                 None => {
                     let names: Vec<&str> = ModelConfig::preset_names().collect();
                     let names = names.join(", ");
-                    return error("model.preset", format!("no preset {name:?}; use one of {names}"));
+                    return error(
+                        "model.preset",
+                        format!("no preset {name:?}; use one of {names}"),
+                    );
                 }
             },
             (None, Some(shape)) => shape.clone(),
@@ -214,7 +217,10 @@ impl RunConfig {
         }
         let model = self.model()?;
         if model.vocabulary < ASCII_VOCABULARY {
-            return error("model.vocabulary", format!("byte tokens need {ASCII_VOCABULARY} or more"));
+            return error(
+                "model.vocabulary",
+                format!("byte tokens need {ASCII_VOCABULARY} or more"),
+            );
         }
         if self.tasks.is_empty() {
             return error("task", "add at least one [[task]] section");
@@ -251,11 +257,16 @@ impl TaskSection {
                 }
             }
             (None, Some(_)) if self.level.is_none() => {}
-            (None, Some(_)) => return error(&key("level"), "a JSONL file has no levels; remove it"),
+            (None, Some(_)) => {
+                return error(&key("level"), "a JSONL file has no levels; remove it");
+            }
             _ => return error(&key("family"), "give either family or jsonl"),
         }
         if self.weight == 0 {
-            return error(&key("weight"), "must be at least 1; remove the section to switch it off");
+            return error(
+                &key("weight"),
+                "must be at least 1; remove the section to switch it off",
+            );
         }
         Ok(())
     }
@@ -283,10 +294,16 @@ impl EvalSection {
         within("eval.problems", self.problems, 1, 100_000)?;
         within("eval.samples", self.samples, 1, 100_000)?;
         if self.k.is_empty() || self.k.iter().any(|&k| k == 0 || k > self.samples) {
-            return error("eval.k", format!("each k must lie in 1 to eval.samples = {}", self.samples));
+            return error(
+                "eval.k",
+                format!("each k must lie in 1 to eval.samples = {}", self.samples),
+            );
         }
         if !(0.05..=20.0).contains(&self.temperature) {
-            return error("eval.temperature", format!("{} is outside 0.05 to 20", self.temperature));
+            return error(
+                "eval.temperature",
+                format!("{} is outside 0.05 to 20", self.temperature),
+            );
         }
         Ok(())
     }

@@ -54,8 +54,7 @@ pub async fn evaluate<E: Engine>(
     )
     .await?;
     let greedy = Sampling { temperature_scale: None, ..sampling };
-    let greedy =
-        roll_out(engine, decoder, problems, &drawn, &streams, 1, &greedy, |_| ()).await?;
+    let greedy = roll_out(engine, decoder, problems, &drawn, &streams, 1, &greedy, |_| ()).await?;
 
     let mut by_source: BTreeMap<String, Vec<&[Rollout]>> = BTreeMap::new();
     for (d, group) in drawn.iter().zip(&groups) {

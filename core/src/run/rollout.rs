@@ -121,7 +121,9 @@ pub enum RolloutError {
     #[error("a prompt cannot be encoded: {0}")]
     Encode(#[from] EncodeError),
     /// Prompt and completion do not fit the context.
-    #[error("the prompt {problem:?} has {prompt} tokens, which with max_new_tokens is over the context of {context}; raise model.context or lower max_new_tokens")]
+    #[error(
+        "the prompt {problem:?} has {prompt} tokens, which with max_new_tokens is over the context of {context}; raise model.context or lower max_new_tokens"
+    )]
     TooLong {
         /// The prompt.
         problem: String,

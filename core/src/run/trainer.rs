@@ -55,7 +55,9 @@ pub enum TrainError {
     #[error(transparent)]
     Weights(#[from] WeightsError),
     /// Values left the range of the exact arithmetic.
-    #[error("{count} values were clamped in step {step} ({sites}), over the limit of {limit}; lower the learning rate, or start from an older checkpoint")]
+    #[error(
+        "{count} values were clamped in step {step} ({sites}), over the limit of {limit}; lower the learning rate, or start from an older checkpoint"
+    )]
     Saturated {
         /// Step within the phase.
         step: u64,
@@ -172,7 +174,8 @@ impl State {
         model: &ModelConfig,
     ) -> (Manifest, BTreeMap<String, Vec<u8>>) {
         let tensors = &self.optimizer.tensors;
-        let group = |f: fn(&TensorState) -> &Vec<f32>| tensors.iter().map(|t| f(t).clone()).collect();
+        let group =
+            |f: fn(&TensorState) -> &Vec<f32>| tensors.iter().map(|t| f(t).clone()).collect();
         let mut floats = BTreeMap::from([
             (MASTER.to_string(), group(|t| &t.master)),
             (FIRST_MOMENT.to_string(), group(|t| &t.first_moment)),
@@ -209,10 +212,8 @@ impl State {
         let file = |name: &str| {
             files.get(name).ok_or_else(|| CheckpointError::Missing { file: name.into() })
         };
-        let malformed = |problem: String| CheckpointError::Malformed {
-            file: STATE_FILE.into(),
-            problem,
-        };
+        let malformed =
+            |problem: String| CheckpointError::Malformed { file: STATE_FILE.into(), problem };
         let scalars: Scalars =
             serde_json::from_slice(file(STATE_FILE)?).map_err(|e| malformed(e.to_string()))?;
         scalars.config.validate().map_err(|e| malformed(e.to_string()))?;
@@ -228,8 +229,11 @@ impl State {
         let master = group(MASTER)?;
         let moments = group(FIRST_MOMENT)?.into_iter().zip(group(SECOND_MOMENT)?);
         let tensors = master.into_iter().zip(moments).zip(shapes(&model));
-        let tensors = tensors.map(|((master, (first_moment, second_moment)), shape)| {
-            TensorState { master, first_moment, second_moment, decays: shape.rows > 1 }
+        let tensors = tensors.map(|((master, (first_moment, second_moment)), shape)| TensorState {
+            master,
+            first_moment,
+            second_moment,
+            decays: shape.rows > 1,
         });
         let state = Self {
             phase: scalars.phase,

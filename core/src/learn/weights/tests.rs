@@ -1,5 +1,7 @@
 //! Golden batches, rounding, masks and statistics of the integer weights.
 
+use std::f64::consts::LN_2;
+
 use super::super::golden::{GOLDEN_TOLERANCE, assert_close, golden, numbers};
 use super::super::kl::KlEstimator;
 use super::*;
@@ -103,7 +105,7 @@ fn weights_combine_kl_scale_and_aggregation() {
     }
     let half_unit = 0.5 / f64::from(1 << 20) + 1e-12;
     assert_close("w", &units(&out.token_weights, out.scale), &expected, half_unit);
-    let entropy: Vec<f64> = (0..8).map(|t| if t == 4 { 0.0 } else { 0.25 * c(t) }).collect();
+    let entropy: Vec<f64> = (0..8).map(|t| if t == 4 { 0.0 } else { 0.25 * c(t) * LN_2 }).collect();
     assert_close("u", &units(&out.entropy_weights, out.scale), &entropy, half_unit);
     assert_eq!(out.scale.divisor, 7.0);
 }
@@ -168,7 +170,8 @@ fn weights_masked_tokens_are_never_read() {
     let out = batch_weights(&LossConfig::default(), &[rollout], step).unwrap();
     assert_eq!(
         (out.token_weights, out.entropy_weights),
-        (vec![vec![0, 65536]], vec![vec![0, 32768]])
+        // 0.5 ln 2 in Q16.
+        (vec![vec![0, 65536]], vec![vec![0, 22713]])
     );
     let unmasked = RolloutTokens { loss_mask: &[true, true], ..rollout };
     assert_eq!(
