@@ -1,6 +1,6 @@
 //! Every engine reproduces the independent integer oracle, to the last bit of every gradient.
 
-use manyhands_core::conformance::oracle::Vectors;
+use manyhands_core::conformance::{oracle::Vectors, suite};
 use manyhands_core::engine::twin::Twin;
 
 const FILES: [&[u8]; 2] = [
@@ -16,4 +16,12 @@ fn oracle_twin_reproduces_every_integer() {
         let engine = Twin::new(vectors.config().constants());
         pollster::block_on(vectors.check(&engine)).expect("equal");
     }
+}
+
+/// Breaks if the number system changes in any bit: a new format needs a new name.
+#[test]
+fn suite_twin_has_the_published_digest() {
+    let outcome = pollster::block_on(suite::run(&Twin::new(suite::constants()))).expect("runs");
+    assert_eq!(outcome.first_difference(), None, "{outcome:?}");
+    assert!(outcome.passes(), "{outcome:?}");
 }

@@ -89,7 +89,8 @@ impl<E: Engine> Decoder<E> {
         }
     }
 
-    fn head(&self) -> &E::Weight {
+    /// The output head: (V, C).
+    pub fn head(&self) -> &E::Weight {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 

@@ -1,0 +1,62 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+
+use crate::engines::EngineChoice;
+use crate::{bench, demo, doctor, eval, sample, train};
+
+/// Train reasoning models together, in exact arithmetic: every machine computes the same bits.
+#[derive(Debug, Parser)]
+#[command(name = "manyhands", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Where the arithmetic runs.
+#[derive(Clone, Debug, Args)]
+pub struct EngineArgs {
+    /// Engine: auto takes a real GPU if it passes the conformance suite, else the CPU.
+    #[arg(long, value_enum, default_value_t = EngineChoice::Auto, global = true)]
+    pub engine: EngineChoice,
+    /// Threads of the CPU engine; 0 takes all cores.
+    #[arg(long, default_value_t = 0, global = true)]
+    pub threads: usize,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train a model from a run file, or resume where it stopped.
+    Train(train::TrainArgs),
+    /// Measure pass@1 and pass@k of a checkpoint on held-out problems.
+    Eval(eval::EvalArgs),
+    /// Let a checkpoint answer, token by token.
+    Sample(sample::SampleArgs),
+    /// Check that this machine's engines give the right bits.
+    Doctor(doctor::DoctorArgs),
+    /// Measure speed and memory.
+    Bench(bench::BenchArgs),
+    /// Train a tiny model from nothing and show what reinforcement learning adds.
+    Demo(demo::DemoArgs),
+}
+
+/// Parses the command line and runs it.
+pub fn run() -> Result<ExitCode> {
+    match Cli::parse().command {
+        Command::Train(args) => train::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Sample(args) => sample::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Demo(args) => demo::run(&args),
+    }
+}
+
+/// Default directory of runs.
+pub fn runs_dir() -> PathBuf {
+    PathBuf::from("runs")
+}

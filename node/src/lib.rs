@@ -1,0 +1,17 @@
+//! The `manyhands` program: command line, files, engines, terminal.
+//!
+//! Thin by design: everything that decides a result lives in `manyhands-core`. Start at [`cli`].
+
+#![expect(clippy::print_stdout, reason = "a command line program prints its results")]
+
+pub mod bench;
+pub mod cli;
+pub mod demo;
+pub mod doctor;
+pub mod engines;
+pub mod eval;
+pub mod plot;
+pub mod sample;
+pub mod store;
+pub mod train;
+pub mod view;
