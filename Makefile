@@ -1,0 +1,53 @@
+# Two commands do everything on a fresh Debian or Ubuntu machine with git, make, curl and Rust:
+#   make demo    train a tiny model from nothing and see what reinforcement learning adds
+#   make test    every check and every test
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+MANYHANDS := target/release/manyhands
+
+.PHONY: help build demo test lint unit wasm tint bench clean
+
+help:
+	@echo "make demo   train a tiny model on this machine (about 6 minutes after the build)"
+	@echo "make test   every check and test: lints, both engines, software Vulkan, wasm, Tint"
+	@echo "make bench  measure speed and memory"
+
+build:
+	@.ci/packages cc
+	cargo build --release --locked -p manyhands
+
+demo: build
+	$(MANYHANDS) demo
+
+bench: build
+	$(MANYHANDS) bench
+
+test: lint unit wasm tint
+
+lint:
+	@.ci/packages cc
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	.ci/wasm clippy
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --quiet
+
+# A software Vulkan adapter stands in for a GPU, and its absence is an error.
+unit:
+	@.ci/packages cc vulkan
+	GPU_REQUIRED=1 cargo test --locked --workspace
+
+wasm:
+	@.ci/packages cc node
+	.ci/wasm build
+	node web/conformance.mjs target/wasm32-unknown-unknown/release/manyhands_web.wasm
+
+tint:
+	@.ci/packages node
+	cd tests/tint && npm ci --silent --no-audit --no-fund --ignore-scripts
+	cargo run --locked --quiet -p manyhands-shaders --example dump_wgsl > target/kernels.json
+	node tests/tint/validate.mjs target/kernels.json
+
+clean:
+	cargo clean
