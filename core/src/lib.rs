@@ -8,5 +8,6 @@ pub mod conformance;
 pub mod engine;
 pub mod learn;
 pub mod model;
+mod parallel;
 pub mod run;
 pub mod tasks;

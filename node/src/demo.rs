@@ -77,14 +77,12 @@ fn table(lines: &[LogLine]) -> Option<String> {
             format!("{:5.1}% [{:5.1}, {:5.1}]", 100.0 * i.mean, 100.0 * i.low, 100.0 * i.high)
         };
         let gain = 100.0 * (a.mean - b.mean);
-        out += &format!("{:18} {:>22} {:>22} {gain:>+8.1}\n", format!("pass@{k}"), show(b), show(a));
+        out +=
+            &format!("{:18} {:>22} {:>22} {gain:>+8.1}\n", format!("pass@{k}"), show(b), show(a));
     }
     let mut row = |name: &str, value: fn(&EvalReport) -> f64, digits: usize| {
         let (b, a) = (value(before), value(after));
-        out += &format!(
-            "{name:18} {b:>22.digits$} {a:>22.digits$} {:>+8.digits$}\n",
-            a - b
-        );
+        out += &format!("{name:18} {b:>22.digits$} {a:>22.digits$} {:>+8.digits$}\n", a - b);
     };
     row("greedy, %", |r| 100.0 * r.greedy, 1);
     row("token entropy", |r| r.token_entropy, 3);

@@ -15,6 +15,9 @@ pub const WEIGHT_BITS: u32 = 10;
 /// Exponents of weight tiles lie in this range; with it no sum of exponents can wrap or leave i8.
 pub const WEIGHT_EXPONENT_RANGE: std::ops::RangeInclusive<i32> = -40..=11;
 
+/// 1.5 * 2^52: see [`Tiles::quantize`].
+const ROUND: f64 = 6_755_399_441_055_744.0;
+
 /// `n` rounded up to a multiple of [`BLOCK`].
 pub const fn padded(n: usize) -> usize {
     n.div_ceil(BLOCK) * BLOCK
@@ -151,11 +154,14 @@ impl Tiles {
         let (low, high) = (*WEIGHT_EXPONENT_RANGE.start(), *WEIGHT_EXPONENT_RANGE.end());
         let exponent = ((bits >> 23) as i32 - 127 + 2 - WEIGHT_BITS as i32).clamp(low, high);
         let scale = f64::from_bits(((1023 - exponent) as u64) << 52);
-        let max = f64::from((1 << (WEIGHT_BITS - 1)) - 1);
+        let max = (1 << (WEIGHT_BITS - 1)) - 1;
         for r in tr * BLOCK..rows.min(tr * BLOCK + BLOCK) {
-            for i in c.clone() {
-                let m = (f64::from(weights[r * cols + i]) * scale).round_ties_even();
-                self.mantissas[r * stride + i] = m.clamp(-max, max) as i16;
+            let (from, to) = (r * cols + c.start, r * stride + c.start);
+            let mantissas = &mut self.mantissas[to..to + c.len()];
+            for (m, w) in mantissas.iter_mut().zip(&weights[from..from + c.len()]) {
+                // Adding 1.5 * 2^52 rounds to an integer, ties to even, in the low bits.
+                let rounded = (f64::from(*w) * scale).clamp(-4096.0, 4096.0) + ROUND;
+                *m = (rounded.to_bits() as i32).clamp(-max, max) as i16;
             }
         }
         self.exponents[tr * (stride / BLOCK) + tc] = exponent as i8;

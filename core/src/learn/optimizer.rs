@@ -19,12 +19,16 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::parallel;
+
 use super::config::{ConfigError, require};
 use super::schedule::Schedule;
 use super::weights::{GradientScale, LOSS_SCALE_LOG2_MAX, WEIGHT_FRACTION_BITS};
 
 /// Elements whose squares are summed before they meet those of other chunks.
 pub const NORM_CHUNK: usize = 4096;
+/// Elements that one thread takes at a time: whole norm chunks, so that sums keep their order.
+const PIECE: usize = 16 * NORM_CHUNK;
 const LANES: usize = 8;
 
 /// Settings of the optimizer. The rate is ProRL v1's, constant; the paper reports neither betas nor decay,
@@ -208,7 +212,7 @@ impl AdamW {
         })
     }
 
-    /// A whole update on one thread. `gradients[k]` are the integer sums of tensor k, `FX(16) x 2^S`.
+    /// A whole update, on all threads. `gradients[k]` are the integer sums of tensor k, `FX(16) x 2^S`.
     pub fn step(
         &mut self,
         config: &AdamWConfig,
@@ -222,12 +226,20 @@ impl AdamW {
                 return Err(OptimizerError::Shape { tensor, got, expected });
             }
         }
-        let sums: Vec<f64> = gradients.iter().flat_map(|g| square_sums(g)).collect();
+        let chunks = gradients.iter().flat_map(|g| g.chunks(PIECE)).collect();
+        let sums = parallel::map(chunks, square_sums).concat();
         let plan = self.begin(config, scale, &sums)?;
+        let mut pieces = vec![];
         for (tensor, gradient) in self.tensors.iter_mut().zip(gradients) {
-            let TensorState { master, first_moment, second_moment, decays } = tensor;
-            update(&plan, *decays, gradient, master, first_moment, second_moment);
+            let decays = tensor.decays;
+            let parts = gradient
+                .chunks(PIECE)
+                .zip(tensor.master.chunks_mut(PIECE))
+                .zip(tensor.first_moment.chunks_mut(PIECE))
+                .zip(tensor.second_moment.chunks_mut(PIECE));
+            pieces.extend(parts.map(|(((g, x), m), v)| (decays, g, x, m, v)));
         }
+        parallel::map(pieces, |(decays, g, x, m, v)| update(&plan, decays, g, x, m, v));
         Ok(plan)
     }
 }

@@ -3,6 +3,7 @@
 use manyhands_shaders::bfp::Tiles;
 
 use super::config::ModelConfig;
+use crate::parallel;
 
 /// Name and shape of a parameter tensor. Gains have one row.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,11 +81,11 @@ pub struct Weights {
 
 impl Weights {
     /// Quantises f32 master weights, given in the order of [`shapes`].
-    pub fn quantize(config: &ModelConfig, master: &[Vec<f32>]) -> Self {
+    pub fn quantize(config: &ModelConfig, master: &[impl AsRef<[f32]> + Sync]) -> Self {
         let shapes = shapes(config);
         assert_eq!(shapes.len(), master.len(), "one master tensor a parameter");
-        let parameters =
-            shapes.iter().zip(master).map(|(s, m)| Parameter::quantize(s, m)).collect();
+        let pairs = shapes.iter().zip(master).collect();
+        let parameters = parallel::map(pairs, |(s, m)| Parameter::quantize(s, m.as_ref()));
         Self { config: config.clone(), parameters }
     }
 

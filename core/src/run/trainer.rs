@@ -263,7 +263,6 @@ pub struct Trainer<'e, E: Engine> {
     pub state: State,
     pub(super) policy: Decoder<E>,
     pub(super) reference: Option<Decoder<E>>,
-    weights_hash: blake3::Hash,
 }
 
 impl<'e, E: Engine> Trainer<'e, E> {
@@ -283,7 +282,6 @@ impl<'e, E: Engine> Trainer<'e, E> {
             problems,
             policy: Decoder::new(engine, &weights),
             reference: state.reference.as_ref().map(upload),
-            weights_hash: weights.hash(),
             config,
             state,
         })
@@ -291,7 +289,7 @@ impl<'e, E: Engine> Trainer<'e, E> {
 
     /// BLAKE3 hash of the current policy's weights.
     pub fn weights_hash(&self) -> blake3::Hash {
-        self.weights_hash
+        Weights::quantize(&self.policy.config, &self.state.master()).hash()
     }
 
     /// Steps of the current phase; 0 when done.
@@ -345,7 +343,7 @@ impl<'e, E: Engine> Trainer<'e, E> {
         let report = evaluate::evaluate(
             self.engine,
             &self.policy,
-            self.weights_hash,
+            self.weights_hash(),
             &self.problems,
             &self.config.eval,
             self.max_new_tokens(),
@@ -367,8 +365,8 @@ impl<'e, E: Engine> Trainer<'e, E> {
     ) -> Result<UpdatePlan, OptimizerError> {
         let slices: Vec<&[i64]> = grads.0.iter().map(Vec::as_slice).collect();
         let plan = self.state.optimizer.step(config, scale, &slices)?;
-        let weights = Weights::quantize(&self.policy.config, &self.state.master());
-        self.weights_hash = weights.hash();
+        let master = self.state.optimizer.tensors.iter().map(|t| t.master.as_slice());
+        let weights = Weights::quantize(&self.policy.config, &master.collect::<Vec<_>>());
         self.policy = Decoder::new(self.engine, &weights);
         Ok(plan)
     }
