@@ -1,0 +1,237 @@
+//! Training steps, decoding, and how they scale.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use manyhands_core::engine::cpu::Cpu;
+use manyhands_core::engine::{Engine, SeedRow};
+use manyhands_core::learn::optimizer::{AdamW, AdamWConfig, TensorState};
+use manyhands_core::learn::weights::GradientScale;
+use manyhands_core::model::config::ModelConfig;
+use manyhands_core::model::decoder::{Decoder, DeviceGradients};
+use manyhands_core::model::generate::{Request, Sampling, generate};
+use manyhands_core::model::init::master_weights;
+use manyhands_core::model::weights::{Weights, shapes};
+use manyhands_core::run::gradient::{accumulate, score};
+use manyhands_shaders::twin::logits::temperature_scale;
+
+use super::{Row, Table, median, peers};
+
+/// A model and the batch it trains on.
+#[derive(Clone)]
+pub(super) struct Workload {
+    pub(super) name: String,
+    pub(super) model: ModelConfig,
+    /// Sequences.
+    pub(super) batch: usize,
+    /// Tokens a sequence.
+    pub(super) length: usize,
+}
+
+impl Workload {
+    fn new(preset: &str, vocabulary: usize, length: usize, batch: usize) -> Result<Self> {
+        let model = ModelConfig::preset(preset, vocabulary, length);
+        Ok(Self { name: preset.into(), model: model.context("no such preset")?, batch, length })
+    }
+
+    pub(super) fn tokens(&self) -> usize {
+        self.batch * self.length
+    }
+
+    fn shape(&self) -> String {
+        format!("{} {}x{}", self.name, self.batch, self.length)
+    }
+
+    /// Sequences with one more token than inputs.
+    fn sequences(&self, seed: usize) -> Vec<Vec<u32>> {
+        let v = self.model.vocabulary;
+        let token = |s: usize, i: usize| ((s * 7919 + i * 104_729 + seed * 31) % v) as u32;
+        (0..self.batch).map(|s| (0..=self.length).map(|i| token(s, i)).collect()).collect()
+    }
+}
+
+/// A training loop: the same work as `peers/torch_step.py`.
+pub(super) struct Loop<'e, E: Engine> {
+    engine: &'e E,
+    workload: Workload,
+    optimizer: AdamW,
+    decoder: Decoder<E>,
+    steps: usize,
+}
+
+impl<'e, E: Engine> Loop<'e, E> {
+    pub(super) fn new(engine: &'e E, workload: &Workload) -> Self {
+        let master = master_weights(&workload.model, 0);
+        let decoder = Decoder::new(engine, &Weights::quantize(&workload.model, &master));
+        let decays = shapes(&workload.model).into_iter().map(|s| s.rows > 1);
+        let tensors = master.into_iter().zip(decays).map(|(m, d)| TensorState::new(m, d));
+        let optimizer = AdamW::new(tensors.collect());
+        Self { engine, workload: workload.clone(), optimizer, decoder, steps: 0 }
+    }
+
+    /// Forward, cross-entropy on every token, backward, AdamW, next version on the engine.
+    pub(super) fn step(&mut self) -> Result<()> {
+        let sequences = self.workload.sequences(self.steps);
+        self.steps += 1;
+        let seed = |t: &u32| SeedRow { target: *t, weight: 1 << 16, ..Default::default() };
+        let seeds: Vec<Vec<SeedRow>> =
+            sequences.iter().map(|s| s[1..].iter().map(seed).collect()).collect();
+        let mut grads = DeviceGradients::zeros(self.engine, &self.workload.model);
+        let (engine, decoder, scale) = (self.engine, &self.decoder, temperature_scale(1.0));
+        let work = accumulate(engine, decoder, &sequences, &seeds, scale, &mut grads, |_| ());
+        pollster::block_on(work)?;
+        let grads = pollster::block_on(grads.read(engine))?;
+        let slices: Vec<&[i64]> = grads.0.iter().map(Vec::as_slice).collect();
+        let config = AdamWConfig { learning_rate: 3e-4, ..Default::default() };
+        let divisor = self.workload.tokens() as f64;
+        self.optimizer.step(&config, GradientScale { loss_scale_log2: 0, divisor }, &slices)?;
+        let master: Vec<&[f32]> =
+            self.optimizer.tensors.iter().map(|t| t.master.as_slice()).collect();
+        self.decoder = Decoder::new(engine, &Weights::quantize(&self.workload.model, &master));
+        Ok(())
+    }
+
+    /// Median seconds of a step, after one for warmth.
+    fn median(&mut self, steps: usize) -> Result<f64> {
+        self.step()?;
+        let mut seconds = Vec::new();
+        for _ in 0..steps {
+            let started = Instant::now();
+            self.step()?;
+            seconds.push(started.elapsed().as_secs_f64());
+        }
+        Ok(median(seconds))
+    }
+}
+
+fn row(name: &str, shape: String, cpu: &Cpu, median_s: f64, rate: f64) -> Row {
+    Row {
+        name: name.into(),
+        shape,
+        threads: cpu.threads(),
+        engine: "cpu".into(),
+        adapter: cpu.path().to_string(),
+        median_s,
+        rate,
+        unit: "tokens/s",
+        ratio: None,
+        note: String::new(),
+    }
+}
+
+/// Training steps of the yardstick's presets.
+pub(super) fn steps(
+    table: &mut Table,
+    threads: &[usize],
+    rounds: usize,
+    peer: Option<&Path>,
+) -> Result<()> {
+    let workloads = [Workload::new("tiny", 64, 64, 64)?, Workload::new("small", 256, 128, 8)?];
+    for workload in &workloads {
+        for &threads in threads {
+            let engine = Cpu::new(workload.model.constants(), threads, None);
+            let mut training = Loop::new(&engine, workload);
+            let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+            for _ in 0..rounds.div_ceil(2) {
+                ours.push(training.median(5)?);
+                if let Some(peer) = peer {
+                    theirs.push(peers::torch_step(peer, threads, &workload.name)?);
+                }
+            }
+            let ours = median(ours);
+            let tokens = workload.tokens() as f64;
+            let mut out = row("step", workload.shape(), &engine, ours, tokens / ours);
+            if !theirs.is_empty() {
+                let rate = median(theirs);
+                table.push(Row {
+                    engine: "pytorch".into(),
+                    adapter: "f32".into(),
+                    ..row("step", workload.shape(), &engine, tokens / rate, rate)
+                });
+                out.ratio = Some(tokens / ours / rate);
+                out.note = "against PyTorch f32".into();
+            }
+            table.push(out);
+        }
+    }
+    Ok(())
+}
+
+/// Batched decoding of 64 sequences with a key-value cache.
+pub(super) fn decode(table: &mut Table, threads: &[usize], rounds: usize) -> Result<()> {
+    const SEQUENCES: usize = 64;
+    const NEW: usize = 64;
+    for preset in ["tiny", "small", "medium"] {
+        let workload = Workload::new(preset, 256, 96, SEQUENCES)?;
+        let weights = Weights::quantize(&workload.model, &master_weights(&workload.model, 0));
+        for &threads in threads {
+            let engine = Cpu::new(workload.model.constants(), threads, None);
+            let decoder = Decoder::new(&engine, &weights);
+            let request = |i: usize| Request { prompt: vec![5; 16], stream: [i as u32, 0, 0] };
+            let requests: Vec<Request> = (0..SEQUENCES).map(request).collect();
+            let sampling = Sampling {
+                seed: 1,
+                temperature_scale: Some(temperature_scale(1.0)),
+                max_new_tokens: NEW,
+                end: u32::MAX,
+                slots: SEQUENCES,
+            };
+            let mut times = Vec::new();
+            for _ in 0..=rounds {
+                let started = Instant::now();
+                let work = generate(&engine, &decoder, &requests, &sampling, |_, _| true);
+                pollster::block_on(work)?;
+                times.push(started.elapsed().as_secs_f64());
+            }
+            times.remove(0);
+            let median_s = median(times);
+            let rate = (SEQUENCES * NEW) as f64 / median_s;
+            let shape = format!("{preset} {SEQUENCES}x(16+{NEW})");
+            let mut out = row("decode", shape, &engine, median_s, rate);
+            let ceiling = super::products::ceiling(threads, SEQUENCES, workload.model.width);
+            let operations = 2.0 * workload.model.multiply_adds(16 + NEW / 2) as f64 * rate;
+            let share = 100.0 * operations / ceiling;
+            out.note = format!("{share:.0}% of the product ceiling at {SEQUENCES} rows");
+            table.push(out);
+        }
+    }
+    Ok(())
+}
+
+/// Tokens per second of scoring and training by model size, context and batch.
+pub(super) fn scale(table: &mut Table, threads: usize) -> Result<()> {
+    let mut workloads = Vec::new();
+    for preset in ["nano", "micro", "tiny", "small", "medium", "base"] {
+        workloads.push(Workload::new(preset, 256, 128, 8)?);
+    }
+    workloads.push(Workload::new("smollm2-135m", 49_152, 64, 2)?);
+    for length in [64, 256, 1024] {
+        workloads.push(Workload::new("small", 256, length, 2048 / length)?);
+    }
+    for batch in [1, 4, 16] {
+        workloads.push(Workload::new("small", 256, 128, batch)?);
+    }
+    for workload in &workloads {
+        let engine = Cpu::new(workload.model.constants(), threads, None);
+        let mut training = Loop::new(&engine, workload);
+        let repeats = if workload.model.parameter_count() > 20_000_000 { 1 } else { 3 };
+        let train = training.median(repeats)?;
+        let sequences = workload.sequences(0);
+        let mut times = Vec::new();
+        for _ in 0..repeats {
+            let started = Instant::now();
+            let work = score(&engine, &training.decoder, &sequences, temperature_scale(1.0));
+            pollster::block_on(work)?;
+            times.push(started.elapsed().as_secs_f64());
+        }
+        let score_s = median(times);
+        let tokens = workload.tokens() as f64;
+        let mut out = row("scale", workload.shape(), &engine, train, tokens / train);
+        let parameters = workload.model.parameter_count() as f64 / 1e6;
+        out.note =
+            format!("{parameters:.2} M parameters, scoring {:.0} tokens/s", tokens / score_s);
+        table.push(out);
+    }
+    Ok(())
+}
