@@ -65,8 +65,7 @@ pub fn run(args: &SampleArgs) -> Result<ExitCode> {
             None
         }
         None => {
-            let base = args.checkpoint.parent().unwrap_or(Path::new("."));
-            let problems = open_problems(&config, base)?;
+            let problems = open_problems(&config, Path::new("."))?;
             for i in 0..args.count {
                 let drawn = problems.draw(u64::from(i) + args.seed, Split::HeldOut);
                 prompts.push((drawn.problem.prompt.clone(), Some(drawn)));
