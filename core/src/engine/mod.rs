@@ -4,6 +4,7 @@
 //! SIMD, `gpu::Gpu` is wgpu. The model ([`crate::model::decoder`]) is written once over
 //! [`Engine`]. Tensors live in the engine; only scalars, sampled tokens and gradients are read.
 
+pub mod cpu;
 pub mod twin;
 
 use std::future::Future;

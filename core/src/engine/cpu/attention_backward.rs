@@ -1,0 +1,663 @@
+//! Gradient of attention: `twin::attention_backward`.
+//!
+//! One index is a segment and a key-value head: the heads of a group add to the same gradients of
+//! keys and values, in ascending order. Blocks above the diagonal are zeros and are skipped.
+#![expect(unsafe_code, reason = "drives kernels over raw panels")]
+
+use std::cell::RefCell;
+
+use manyhands_shaders::bfp::{ACTIVATION_BITS, BLOCK, WEIGHT_BITS};
+use manyhands_shaders::twin::{ACTIVATION_FRACTION, GRADIENT_FRACTION, Segment, Site};
+
+use super::attention::{NO_EXPONENT, causal};
+use super::buffer::Buffer;
+use super::heads::{Cache, HEAD_MAX, Queries, head_blocks, rotate, segment_panels};
+use super::kernel::{
+    Count, Job, Kind, PANEL, PANEL_BLOCK, PANEL_EXPONENTS, TILE, TILE_BLOCK, ZERO_EXPONENT, bias,
+    fast_limit, run,
+};
+use super::pack::{GROUP, Strip, scatter, strip, strip_folded};
+use super::path::{Path, simd};
+use super::scalar::{mulsh_wide, sat};
+use super::softmax::{fold, probabilities};
+use super::workers::Shared;
+use super::{Cpu, Tensor, quantize};
+use crate::engine::Batch;
+
+/// A thread's working memory, for T rows padded to whole tiles, and one head.
+struct Scratch {
+    /// (T, T) probabilities, then nothing.
+    p: Buffer<i32>,
+    /// (T, T) gradients of probabilities, then of scores.
+    ds: Buffer<i32>,
+    /// Query lines of the head.
+    q: Buffer<i16>,
+    q_exponents: Buffer<i32>,
+    q_canonical: Buffer<i32>,
+    /// Lines of up to 6 rows.
+    lines: Buffer<i16>,
+    line_exponents: Buffer<i32>,
+    /// A left operand in pairs.
+    pairs: Buffer<i16>,
+    pair_exponents: Buffer<i32>,
+    /// `d_out`, then queries, as right operand along rows.
+    rows: Buffer<i16>,
+    row_exponents: Buffer<i32>,
+    row_max: Buffer<i32>,
+    /// Keys as right operand along keys.
+    keys: Buffer<i16>,
+    /// Values as columns.
+    values: Buffer<i16>,
+    value_columns: Buffer<i32>,
+    value_max: Buffer<i32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
+        p: Buffer::zeros(0),
+        ds: Buffer::zeros(0),
+        q: Buffer::zeros(0),
+        q_exponents: Buffer::zeros(0),
+        q_canonical: Buffer::zeros(0),
+        lines: Buffer::zeros(0),
+        line_exponents: Buffer::zeros(0),
+        pairs: Buffer::zeros(0),
+        pair_exponents: Buffer::zeros(0),
+        rows: Buffer::zeros(0),
+        row_exponents: Buffer::zeros(0),
+        row_max: Buffer::zeros(0),
+        keys: Buffer::zeros(0),
+        values: Buffer::zeros(0),
+        value_columns: Buffer::zeros(0),
+        value_max: Buffer::zeros(0),
+    });
+}
+
+/// Counts of one index.
+#[derive(Default)]
+struct Counts {
+    matmul: u64,
+    attention: u64,
+    rope: u64,
+}
+
+simd! {
+    /// One row of `dS` from `dP` in place, over whole blocks; `p` is zero beyond the diagonal.
+    /// Returns the number of clamps.
+    fn softmax_gradient(dp: &mut [i32], p: &[i32]) -> u64 {
+        let p = &p[..dp.len()];
+        let mut count = 0;
+        let mut mean = 0_i64;
+        for (&d, &p) in dp.iter().zip(p) {
+            mean += mulsh_wide(d, p, 24);
+        }
+        let mean = sat(mean, &mut count);
+        for (d, &p) in dp.iter_mut().zip(p) {
+            *d = sat(mulsh_wide(d.wrapping_sub(mean), p, 24), &mut count);
+        }
+        count.cast_unsigned()
+    }
+}
+
+simd! {
+    /// A block of 32 rows of up to 96 columns of `x` (rows, columns) as panels in pairs, with one
+    /// exponent. Strips above the diagonal (column tile after `row_tile`) are zeros.
+    fn pack_square(
+        x: &[i32],
+        stride: usize,
+        rows: usize,
+        first: usize,
+        row_tile: usize,
+        columns: usize,
+        mantissas: &mut [i16],
+        mantissa_stride: usize,
+        exponents: &mut [i32],
+        exponent_stride: usize,
+        folded: Option<&[i32]>,
+        e: i32,
+        bits: u32,
+    ) {
+        let mut strips: [Strip; GROUP / TILE] = [[[0; TILE]; BLOCK / 2]; GROUP / TILE];
+        let mut es = [[ZERO_EXPONENT; TILE]; GROUP / TILE];
+        for (i, (strips, es)) in strips.iter_mut().zip(&mut es).enumerate() {
+            let from = first + i * TILE;
+            if from < first + columns && from / TILE <= row_tile {
+                let x = &x[from..];
+                match folded {
+                    None => strip(x, stride, rows, TILE, e, bits, strips, es),
+                    Some(f) => {
+                        strip_folded(x, stride, f, TILE, bits, strips, es);
+                        for es in es.iter_mut() {
+                            if *es != ZERO_EXPONENT {
+                                *es += e << super::kernel::EXPONENT_SHIFT;
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        scatter(&strips, &es, columns, mantissas, mantissa_stride, exponents, exponent_stride);
+    }
+}
+
+simd! {
+    /// 32 columns of up to 32 rows as a tile's block; returns its largest exponent.
+    fn pack_columns(
+        x: &[i32],
+        stride: usize,
+        rows: usize,
+        width: usize,
+        to: &mut [i16],
+        exponents: &mut [i32; TILE],
+    ) -> i32 {
+        let mut out: Strip = [[0; TILE]; BLOCK / 2];
+        strip(x, stride, rows, width, -GRADIENT_FRACTION, WEIGHT_BITS, &mut out, exponents);
+        for (to, x) in to.as_chunks_mut::<2>().0.iter_mut().zip(out.as_flattened()) {
+            *to = [*x as i16, (*x >> 16) as i16];
+        }
+        exponents.iter().copied().max().unwrap_or(ZERO_EXPONENT)
+    }
+}
+
+simd! {
+    /// `x = mulsh(x, inverse_root, 24)`: no clamp is possible.
+    fn scale(x: &mut [i32], inverse_root: i32) {
+        for x in x {
+            *x = mulsh_wide(*x, inverse_root, 24) as i32;
+        }
+    }
+}
+
+simd! {
+    /// Rotates `x` (D) back, in place; the number of clamps.
+    fn rotate_back(x: &mut [i32], cos: &[i32], sin: &[i32]) -> u64 {
+        let mut count = 0;
+        let mut out = [0; HEAD_MAX];
+        let out = &mut out[..x.len()];
+        rotate(x, cos, sin, -1, out, &mut count);
+        x.copy_from_slice(out);
+        count.cast_unsigned()
+    }
+}
+
+/// Swaps the roles of rows and channels in a 32x32 tile of pairs.
+fn transpose(from: &[i16], to: &mut [i16]) {
+    for i in 0..TILE {
+        for j in 0..TILE {
+            to[(i / 2 * TILE + j) * 2 + i % 2] = from[(j / 2 * TILE + i) * 2 + j % 2];
+        }
+    }
+}
+
+/// Gradients of queries (N, H D), keys and values (N, K D) before rotation.
+pub(super) fn backward(
+    cpu: &Cpu,
+    d_out: &Tensor,
+    q: &Queries,
+    cache: &Cache,
+    batch: &Batch,
+) -> [Tensor; 3] {
+    let c = &cpu.constants.attention;
+    let rows = batch.rows();
+    let kv = c.kv_heads * c.head_dim;
+    let mut out = [d_out.cols, kv, kv].map(|cols| cpu.tensor_of(rows, cols));
+    let [dq, dk, dv] = &mut out;
+    let shared = [&mut dq.data, &mut dk.data, &mut dv.data].map(|x| Shared::new(x));
+    let mut cost = 0;
+    for s in &batch.segments {
+        assert_eq!(s.position, 0, "a gradient needs whole sequences");
+        cost += s.rows * s.rows * c.heads * (6 + c.head_dim / 16);
+    }
+    cpu.workers.each(batch.segments.len() * c.kv_heads, cost, |i| {
+        let (segment, g) = (i / c.kv_heads, i % c.kv_heads);
+        let s = &batch.segments[segment];
+        if s.rows == 0 {
+            return;
+        }
+        let head = Head { cpu, d_out, q, cache, s, g, base: q.base[segment], out: &shared };
+        let counts = SCRATCH.with_borrow_mut(|scratch| head.backward(scratch));
+        cpu.tally.add(Site::Matmul, counts.matmul);
+        cpu.tally.add(Site::Attention, counts.attention);
+        cpu.tally.add(Site::Rope, counts.rope);
+    });
+    out
+}
+
+/// A segment and a key-value head.
+struct Head<'a> {
+    cpu: &'a Cpu,
+    d_out: &'a Tensor,
+    q: &'a Queries,
+    cache: &'a Cache,
+    s: &'a Segment,
+    g: usize,
+    base: usize,
+    out: &'a [Shared<'a, i32>; 3],
+}
+
+impl Head<'_> {
+    fn path(&self) -> Path {
+        self.cpu.path
+    }
+
+    /// D / 32 and the number of tiles of the segment.
+    fn shape(&self) -> (usize, usize) {
+        (head_blocks(&self.cpu.constants.attention), self.s.rows.div_ceil(TILE))
+    }
+
+    fn cached(&self) -> usize {
+        self.s.slot * self.cpu.constants.attention.kv_heads + self.g
+    }
+
+    fn backward(&self, scratch: &mut Scratch) -> Counts {
+        let c = &self.cpu.constants.attention;
+        let mut counts = Counts::default();
+        self.unpack_cache(scratch);
+        let group = c.heads / c.kv_heads;
+        for h in 0..group {
+            self.gather_queries(h, scratch);
+            self.probabilities(scratch);
+            self.values_gradient(h, scratch, &mut counts);
+            self.scores_gradient(h, scratch, &mut counts);
+            self.queries_gradient(h, scratch, &mut counts);
+            self.keys_gradient(h, scratch, &mut counts);
+        }
+        for i in 0..self.s.rows {
+            let at = ((self.s.first_row + i) * c.kv_heads + self.g) * c.head_dim;
+            // SAFETY: (row, key-value head) belongs to this index.
+            let dk = unsafe { self.out[1].part(at, c.head_dim) };
+            counts.rope += self.rotate_back(dk, i);
+        }
+        counts
+    }
+
+    fn rotate_back(&self, x: &mut [i32], position: usize) -> u64 {
+        let rope = &self.cpu.constants.rope;
+        let at = position * rope.half..(position + 1) * rope.half;
+        rotate_back(self.path(), x, &rope.cos[at.clone()], &rope.sin[at])
+    }
+
+    /// Keys along keys, values as columns.
+    fn unpack_cache(&self, scratch: &mut Scratch) {
+        let (blocks, tiles) = self.shape();
+        let (head, capacity) = (self.cached(), self.cache.capacity);
+        let all = capacity / TILE;
+        let keys = scratch.keys.at_least(blocks * tiles * TILE_BLOCK);
+        let values = scratch.values.at_least(blocks * tiles * TILE_BLOCK);
+        for b in 0..blocks {
+            for t in 0..tiles {
+                let key = ((head * all + t) * blocks + b) * TILE_BLOCK;
+                let value = ((head * blocks + b) * all + t) * TILE_BLOCK;
+                let to = &mut keys[(b * tiles + t) * TILE_BLOCK..][..TILE_BLOCK];
+                transpose(&self.cache.keys[key..key + TILE_BLOCK], to);
+                let to = &mut values[(t * blocks + b) * TILE_BLOCK..][..TILE_BLOCK];
+                transpose(&self.cache.values[value..value + TILE_BLOCK], to);
+            }
+        }
+        // Positions beyond the sequence meet zeros of the other operand, but stale mantissas
+        // there must not be read as more than that.
+        let columns = scratch.value_columns.at_least(tiles * TILE);
+        let e = &self.cache.value_exponents[head * capacity..][..tiles * TILE];
+        for (to, e) in columns.iter_mut().zip(e) {
+            *to = e << super::kernel::EXPONENT_SHIFT;
+        }
+        let max = scratch.value_max.at_least(tiles);
+        for (max, e) in max.iter_mut().zip(columns.chunks_exact(TILE)) {
+            *max = e.iter().copied().max().unwrap_or(ZERO_EXPONENT);
+        }
+    }
+
+    /// The queries of one head as panels of consecutive rows, and along rows.
+    fn gather_queries(&self, h: usize, scratch: &mut Scratch) {
+        let c = &self.cpu.constants.attention;
+        let (blocks, tiles) = self.shape();
+        let group = c.heads / c.kv_heads;
+        let panels = self.s.rows.div_ceil(PANEL);
+        let first = self.base + self.g * segment_panels(c, self.s.rows);
+        let q = scratch.q.at_least(panels * blocks * PANEL_BLOCK);
+        let exponents = scratch.q_exponents.at_least(panels * blocks * PANEL_EXPONENTS);
+        let canonical = scratch.q_canonical.at_least(self.s.rows);
+        let along = scratch.rows.at_least(blocks * tiles * TILE_BLOCK);
+        for i in 0..self.s.rows {
+            let r = i * group + h;
+            let head = (self.s.first_row + i) * c.heads + self.g * group + h;
+            canonical[i] = self.q.canonical[head];
+            for b in 0..blocks {
+                let from = (first + r / PANEL) * blocks + b;
+                let to = i / PANEL * blocks + b;
+                let line = &self.q.mantissas[from * PANEL_BLOCK + r % PANEL * BLOCK..][..BLOCK];
+                q[to * PANEL_BLOCK + i % PANEL * BLOCK..][..BLOCK].copy_from_slice(line);
+                exponents[to * PANEL_EXPONENTS + i % PANEL] =
+                    self.q.exponents[from * PANEL_EXPONENTS + r % PANEL];
+                let tile = (b * tiles + i / TILE) * TILE_BLOCK + i % TILE / 2 * 2 * TILE;
+                let pairs = along[tile..tile + 2 * TILE].as_chunks_mut::<2>().0;
+                for (to, m) in pairs.iter_mut().zip(line) {
+                    to[i % 2] = *m;
+                }
+            }
+        }
+        for (p, e) in exponents.chunks_exact_mut(blocks * PANEL_EXPONENTS).enumerate() {
+            quantize::finish(e, PANEL.min(self.s.rows - p * PANEL));
+        }
+    }
+
+    /// The rows of panel `p`, and their positions.
+    fn positions(&self, p: usize) -> (usize, [usize; PANEL]) {
+        let rows = PANEL.min(self.s.rows - p * PANEL);
+        (rows, std::array::from_fn(|r| p * PANEL + r.min(rows - 1)))
+    }
+
+    /// (T, T) probabilities. Clamps of the scores were counted by the forward pass.
+    fn probabilities(&self, scratch: &mut Scratch) {
+        let c = &self.cpu.constants.attention;
+        let (blocks, tiles) = self.shape();
+        let stride = tiles * TILE;
+        let all = self.cache.capacity / TILE;
+        let p = scratch.p.at_least(self.s.rows.next_multiple_of(PANEL) * stride);
+        for panel in 0..self.s.rows.div_ceil(PANEL) {
+            let (rows, positions) = self.positions(panel);
+            for tile in 0..=positions[rows - 1] / TILE {
+                let count = causal(positions, tile, blocks);
+                let key_tile = self.cached() * all + tile;
+                let job = Job {
+                    a: scratch.q[panel * blocks * PANEL_BLOCK..].as_ptr(),
+                    a_exponents: scratch.q_exponents[panel * blocks * PANEL_EXPONENTS..].as_ptr(),
+                    b: self.cache.keys[key_tile * blocks * TILE_BLOCK..].as_ptr(),
+                    b_exponents: self.cache.key_columns[key_tile * TILE..].as_ptr(),
+                    b_stride: 0,
+                    b_max: &raw const self.cache.key_max[key_tile],
+                    b_max_stride: 0,
+                    blocks,
+                    bias: bias(ACTIVATION_FRACTION),
+                    limit: fast_limit(self.path(), blocks),
+                    count: &raw const count,
+                    out: p[panel * PANEL * stride + tile * TILE..].as_mut_ptr(),
+                    stride,
+                };
+                // SAFETY: a query panel and a key tile hold `blocks` blocks; `p` holds 6 rows.
+                unsafe { run(self.path(), Kind::LinesColumns, rows, &job) };
+            }
+            for (r, &position) in positions.iter().take(rows).enumerate() {
+                let row = &mut p[(panel * PANEL + r) * stride..][..(position / TILE + 1) * TILE];
+                probabilities(self.path(), row, position + 1, c.score_scale);
+            }
+        }
+    }
+
+    /// The operand for a product over rows: `x` (T, T) below the diagonal as panels in pairs.
+    fn pack(
+        &self,
+        x: &[i32],
+        folded: Option<&[i32]>,
+        e: i32,
+        bits: u32,
+        pairs: &mut Buffer<i16>,
+        exponents: &mut Buffer<i32>,
+    ) {
+        let (_, tiles) = self.shape();
+        let t = self.s.rows;
+        let panels = t.div_ceil(PANEL);
+        let pairs = pairs.at_least(panels * tiles * PANEL_BLOCK);
+        let exponents = exponents.at_least(panels * tiles * PANEL_EXPONENTS);
+        for first in (0..t).step_by(GROUP) {
+            for tile in first / TILE..tiles {
+                let rows = TILE.min(t - tile * TILE);
+                let at = first / PANEL * tiles + tile;
+                pack_square(
+                    self.path(),
+                    &x[tile * TILE * tiles * TILE..],
+                    tiles * TILE,
+                    rows,
+                    first,
+                    tile,
+                    GROUP.min(t - first),
+                    &mut pairs[at * PANEL_BLOCK..],
+                    tiles * PANEL_BLOCK,
+                    &mut exponents[at * PANEL_EXPONENTS..],
+                    tiles * PANEL_EXPONENTS,
+                    folded.map(|f| &f[tile * TILE..tile * TILE + rows]),
+                    e,
+                    bits,
+                );
+            }
+        }
+    }
+
+    /// `dV += P^T dO`.
+    fn values_gradient(&self, h: usize, scratch: &mut Scratch, counts: &mut Counts) {
+        let c = &self.cpu.constants.attention;
+        let (blocks, tiles) = self.shape();
+        let (d, group) = (c.head_dim, c.heads / c.kv_heads);
+        let Scratch { p, pairs, pair_exponents, lines, row_exponents, row_max, .. } = scratch;
+        self.pack(p, None, -24, ACTIVATION_BITS, pairs, pair_exponents);
+        let along = lines.at_least(blocks * tiles * TILE_BLOCK);
+        let exponents = row_exponents.at_least(blocks * tiles * TILE);
+        let max = row_max.at_least(blocks * tiles);
+        for b in 0..blocks {
+            for t in 0..tiles {
+                let row = self.s.first_row + t * TILE;
+                let from = (row * c.heads + self.g * group + h) * d + b * TILE;
+                let i = b * tiles + t;
+                let Some(e) = exponents[i * TILE..].first_chunk_mut() else { continue };
+                max[i] = pack_columns(
+                    self.path(),
+                    &self.d_out.data[from..],
+                    c.heads * d,
+                    TILE.min(self.s.rows - t * TILE),
+                    TILE.min(d - b * TILE),
+                    &mut along[i * TILE_BLOCK..][..TILE_BLOCK],
+                    e,
+                );
+            }
+        }
+        let count = Count::all(tiles);
+        for panel in 0..self.s.rows.div_ceil(PANEL) {
+            let (rows, from) = (self.positions(panel).0, panel * PANEL / TILE);
+            for b in 0..blocks {
+                let mut y = [0; PANEL * TILE];
+                let (at, right) = (panel * tiles + from, b * tiles + from);
+                let job = Job {
+                    a: pairs[at * PANEL_BLOCK..].as_ptr(),
+                    a_exponents: pair_exponents[at * PANEL_EXPONENTS..].as_ptr(),
+                    b: along[right * TILE_BLOCK..].as_ptr(),
+                    b_exponents: exponents[right * TILE..].as_ptr(),
+                    b_stride: TILE,
+                    b_max: max[right..].as_ptr(),
+                    b_max_stride: 1,
+                    blocks: tiles - from,
+                    bias: bias(GRADIENT_FRACTION),
+                    limit: fast_limit(self.path(), tiles),
+                    count: &raw const count,
+                    out: y.as_mut_ptr(),
+                    stride: TILE,
+                };
+                // SAFETY: both operands hold the blocks from the diagonal on; `y` holds 6 rows.
+                counts.matmul += unsafe { run(self.path(), Kind::PairsColumns, PANEL, &job) };
+                counts.attention += self.accumulate(2, h, panel, rows, b, &y);
+            }
+        }
+    }
+
+    /// Adds (or, for the first head of the group, assigns) a panel's tile to `dK` or `dV`.
+    fn accumulate(
+        &self,
+        which: usize,
+        h: usize,
+        panel: usize,
+        rows: usize,
+        block: usize,
+        y: &[i32; PANEL * TILE],
+    ) -> u64 {
+        let c = &self.cpu.constants.attention;
+        let width = TILE.min(c.head_dim - block * TILE);
+        let mut count = 0;
+        for r in 0..rows {
+            let row = self.s.first_row + panel * PANEL + r;
+            let at = (row * c.kv_heads + self.g) * c.head_dim + block * TILE;
+            // SAFETY: (row, key-value head) belongs to this index.
+            let to = unsafe { self.out[which].part(at, width) };
+            let from = &y[r * TILE..r * TILE + width];
+            if h == 0 {
+                to.copy_from_slice(from);
+            } else {
+                count += super::gemm::add_saturating(self.path(), to, from);
+            }
+        }
+        count
+    }
+
+    /// `dS = P (dP - rowsum(dP P))` with `dP = dO V^T`.
+    fn scores_gradient(&self, h: usize, scratch: &mut Scratch, counts: &mut Counts) {
+        let c = &self.cpu.constants.attention;
+        let (blocks, tiles) = self.shape();
+        let (d, group, stride) = (c.head_dim, c.heads / c.kv_heads, tiles * TILE);
+        let Scratch { p, ds, lines, line_exponents, values, value_columns, value_max, .. } =
+            scratch;
+        let ds = ds.at_least(self.s.rows.next_multiple_of(PANEL) * stride);
+        let lines = lines.at_least(blocks * PANEL_BLOCK);
+        let exponents = line_exponents.at_least(blocks * PANEL_EXPONENTS);
+        for panel in 0..self.s.rows.div_ceil(PANEL) {
+            let (rows, positions) = self.positions(panel);
+            let mut x = [0; PANEL * HEAD_MAX];
+            for r in 0..rows {
+                let row = self.s.first_row + panel * PANEL + r;
+                let from = (row * c.heads + self.g * group + h) * d;
+                x[r * d..(r + 1) * d].copy_from_slice(&self.d_out.data[from..from + d]);
+            }
+            let x = &x[..rows * d];
+            quantize::panel(self.path(), x, d, -GRADIENT_FRACTION, WEIGHT_BITS, lines, exponents);
+            for tile in 0..=positions[rows - 1] / TILE {
+                let count = causal(positions, tile, blocks);
+                let job = Job {
+                    a: lines.as_ptr(),
+                    a_exponents: exponents.as_ptr(),
+                    b: values[tile * blocks * TILE_BLOCK..].as_ptr(),
+                    b_exponents: value_columns[tile * TILE..].as_ptr(),
+                    b_stride: 0,
+                    b_max: value_max[tile..].as_ptr(),
+                    b_max_stride: 0,
+                    blocks,
+                    bias: bias(GRADIENT_FRACTION),
+                    limit: fast_limit(self.path(), blocks),
+                    count: &raw const count,
+                    out: ds[panel * PANEL * stride + tile * TILE..].as_mut_ptr(),
+                    stride,
+                };
+                // SAFETY: the panel and a value tile hold `blocks` blocks; `ds` holds 6 rows.
+                counts.matmul += unsafe { run(self.path(), Kind::LinesColumns, rows, &job) };
+            }
+            for (r, position) in positions.iter().take(rows).enumerate() {
+                let at = (panel * PANEL + r) * stride;
+                let n = (position / TILE + 1) * TILE;
+                counts.attention +=
+                    softmax_gradient(self.path(), &mut ds[at..at + n], &p[at..at + n]);
+            }
+        }
+    }
+
+    /// `dQ = dS K / sqrt(D)`, rotated back.
+    fn queries_gradient(&self, h: usize, scratch: &mut Scratch, counts: &mut Counts) {
+        let c = &self.cpu.constants.attention;
+        let (blocks, tiles) = self.shape();
+        let (d, group, stride) = (c.head_dim, c.heads / c.kv_heads, tiles * TILE);
+        let Scratch { ds, lines, line_exponents, keys, .. } = scratch;
+        let lines = lines.at_least(tiles * PANEL_BLOCK);
+        let exponents = line_exponents.at_least(tiles * PANEL_EXPONENTS);
+        let key_exponents = &self.cache.key_exponents[self.cached() * self.cache.capacity..];
+        let count = Count::all(tiles);
+        for panel in 0..self.s.rows.div_ceil(PANEL) {
+            let (rows, positions) = self.positions(panel);
+            let seen = positions[rows - 1] / TILE + 1;
+            for (r, position) in positions.iter().take(rows).enumerate() {
+                let n = (position / TILE + 1) * TILE;
+                let row = &ds[(panel * PANEL + r) * stride..][..n];
+                let (m, e) = (&mut *lines, &mut *exponents);
+                fold(
+                    self.path(),
+                    row,
+                    &key_exponents[..n],
+                    -GRADIENT_FRACTION,
+                    WEIGHT_BITS,
+                    r,
+                    m,
+                    e,
+                );
+                for b in n / TILE..seen {
+                    m[b * PANEL_BLOCK + r * BLOCK..][..BLOCK].fill(0);
+                    e[b * PANEL_EXPONENTS + r] = ZERO_EXPONENT;
+                }
+            }
+            quantize::finish(&mut exponents[..seen * PANEL_EXPONENTS], rows);
+            let mut y = [0; PANEL * TILE];
+            let mut dq = [0; PANEL * HEAD_MAX];
+            for b in 0..blocks {
+                let job = Job {
+                    a: lines.as_ptr(),
+                    a_exponents: exponents.as_ptr(),
+                    b: keys[b * tiles * TILE_BLOCK..].as_ptr(),
+                    b_exponents: &raw const NO_EXPONENT,
+                    b_stride: 0,
+                    b_max: std::ptr::null(),
+                    b_max_stride: 0,
+                    blocks: seen,
+                    bias: bias(GRADIENT_FRACTION),
+                    limit: fast_limit(self.path(), tiles),
+                    count: &raw const count,
+                    out: y.as_mut_ptr(),
+                    stride: TILE,
+                };
+                // SAFETY: the panel and the keys hold `seen` blocks; `y` holds 6 rows.
+                counts.matmul += unsafe { run(self.path(), Kind::Lines, rows, &job) };
+                let width = TILE.min(d - b * TILE);
+                scale(self.path(), &mut y, c.inverse_root);
+                for r in 0..rows {
+                    dq[r * d + b * TILE..][..width].copy_from_slice(&y[r * TILE..][..width]);
+                }
+            }
+            for (r, &position) in positions.iter().take(rows).enumerate() {
+                let x = &mut dq[r * d..(r + 1) * d];
+                counts.rope += self.rotate_back(x, position);
+                let row = self.s.first_row + position;
+                let at = (row * c.heads + self.g * group + h) * d;
+                // SAFETY: (row, head) belongs to this index.
+                unsafe { self.out[0].part(at, d) }.copy_from_slice(x);
+            }
+        }
+    }
+
+    /// `dK += dS^T Q / sqrt(D)`.
+    fn keys_gradient(&self, h: usize, scratch: &mut Scratch, counts: &mut Counts) {
+        let c = &self.cpu.constants.attention;
+        let (blocks, tiles) = self.shape();
+        let Scratch { ds, q_canonical, pairs, pair_exponents, rows: along, .. } = scratch;
+        let folded = Some(&q_canonical[..self.s.rows]);
+        self.pack(ds, folded, -GRADIENT_FRACTION, WEIGHT_BITS, pairs, pair_exponents);
+        let count = Count::all(tiles);
+        for panel in 0..self.s.rows.div_ceil(PANEL) {
+            let (rows, from) = (self.positions(panel).0, panel * PANEL / TILE);
+            for b in 0..blocks {
+                let mut y = [0; PANEL * TILE];
+                let at = panel * tiles + from;
+                let job = Job {
+                    a: pairs[at * PANEL_BLOCK..].as_ptr(),
+                    a_exponents: pair_exponents[at * PANEL_EXPONENTS..].as_ptr(),
+                    b: along[(b * tiles + from) * TILE_BLOCK..].as_ptr(),
+                    b_exponents: &raw const NO_EXPONENT,
+                    b_stride: 0,
+                    b_max: std::ptr::null(),
+                    b_max_stride: 0,
+                    blocks: tiles - from,
+                    bias: bias(GRADIENT_FRACTION),
+                    limit: fast_limit(self.path(), tiles),
+                    count: &raw const count,
+                    out: y.as_mut_ptr(),
+                    stride: TILE,
+                };
+                // SAFETY: both operands hold the blocks from the diagonal on; `y` holds 6 rows.
+                counts.matmul += unsafe { run(self.path(), Kind::Pairs, PANEL, &job) };
+                scale(self.path(), &mut y, c.inverse_root);
+                counts.attention += self.accumulate(1, h, panel, rows, b, &y);
+            }
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Products of panels with packed weights.
+#![expect(unsafe_code, reason = "drives kernels over raw panels")]
+
+use manyhands_shaders::twin::Site;
+use manyhands_shaders::twin::{ACTIVATION_FRACTION, GRADIENT_FRACTION};
+
+use super::kernel::{Count, Job, Kind, PANEL, TILE, bias, fast_limit, run};
+use super::operands::{Packed, Panels};
+use super::path::{Path, simd};
+use super::scalar::sat;
+use super::workers::{Shared, Tally, Workers};
+
+/// What to do with a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Output {
+    /// `out = product`.
+    Store,
+    /// `out = sat(out + product)`, counted as residual.
+    Add,
+}
+
+/// A left operand's bytes that stay in L2 while the tiles stream by.
+const GROUP_BYTES: usize = 256 << 10;
+
+simd! {
+    /// `to = sat(to + from)`: the number of clamps.
+    pub(super) fn add_saturating(to: &mut [i32], from: &[i32]) -> u64 {
+        let mut count = 0;
+        for (a, &b) in to.iter_mut().zip(from) {
+            *a = sat(i64::from(*a) + i64::from(b), &mut count);
+        }
+        count.cast_unsigned()
+    }
+}
+
+/// `out` (R, `cols`) from `a` (R, K) and `b` (K, N), in `FX(f)`.
+pub(super) fn matmul(
+    path: Path,
+    workers: &Workers,
+    tally: &Tally,
+    a: &Panels,
+    b: &Packed,
+    cols: usize,
+    f: i32,
+    out: &mut [i32],
+    output: Output,
+) {
+    assert_eq!(a.blocks, b.blocks, "operands differ in the contraction");
+    assert!(out.len() == a.rows * cols && cols <= b.tiles * TILE, "output of another shape");
+    debug_assert!(f == ACTIVATION_FRACTION || f == GRADIENT_FRACTION);
+    let panels = a.rows.div_ceil(PANEL);
+    let group = (GROUP_BYTES / (a.panel_len() * 2).max(1)).clamp(4, 64);
+    let groups = panels.div_ceil(group);
+    // With few groups the tiles are split as well, so that every thread finds work.
+    let splits = if workers.threads() == 1 {
+        1
+    } else {
+        (workers.threads() * 4).div_ceil(groups.max(1)).min(b.tiles)
+    };
+    let span = b.tiles.div_ceil(splits.max(1)).max(1);
+    let splits = b.tiles.div_ceil(span);
+    let count = Count::all(a.blocks);
+    let limit = fast_limit(path, a.blocks);
+    let shared = Shared::new(out);
+    let cost = panels * b.tiles * a.blocks / 16;
+    workers.each(groups * splits, cost, |i| {
+        let (first, tile) = (i / splits * group, i % splits * span);
+        let mut events = (0, 0);
+        for tile in tile..b.tiles.min(tile + span) {
+            let width = TILE.min(cols - tile * TILE);
+            for panel in first..panels.min(first + group) {
+                let rows = PANEL.min(a.rows - panel * PANEL);
+                let mut scratch = [0_i32; PANEL * TILE];
+                let direct = output == Output::Store && width == TILE;
+                let to = panel * PANEL * cols + tile * TILE;
+                // SAFETY: each (panel, tile) is written by one index only. Only its own 32 columns
+                // are touched of the rows that the part spans, and no reference to it is kept.
+                let (out, stride) = if direct {
+                    (unsafe { shared.pointer(to, (rows - 1) * cols + TILE) }, cols)
+                } else {
+                    (scratch.as_mut_ptr(), TILE)
+                };
+                let job = Job {
+                    a: a.mantissas[panel * a.panel_len()..].as_ptr(),
+                    a_exponents: a.exponents[panel * a.panel_exponents()..].as_ptr(),
+                    b: b.mantissas[tile * b.blocks * TILE * 32..].as_ptr(),
+                    b_exponents: b.exponents[tile * b.blocks..].as_ptr(),
+                    b_stride: 1,
+                    b_max: std::ptr::null(),
+                    b_max_stride: 0,
+                    blocks: a.blocks,
+                    bias: bias(f),
+                    limit,
+                    count: &raw const count,
+                    out,
+                    stride,
+                };
+                // SAFETY: operands hold `blocks` blocks of this panel and tile; `out` as above.
+                events.0 += unsafe { run(path, Kind::Lines, rows, &job) };
+                if direct {
+                    continue;
+                }
+                for r in 0..rows {
+                    // SAFETY: as above; the parts of a row are this tile's columns only.
+                    let row = unsafe { shared.part(to + r * cols, width) };
+                    let from = &scratch[r * TILE..r * TILE + width];
+                    match output {
+                        Output::Store => row.copy_from_slice(from),
+                        Output::Add => events.1 += add_saturating(path, row, from),
+                    }
+                }
+            }
+        }
+        tally.add(Site::Matmul, events.0);
+        tally.add(Site::Residual, events.1);
+    });
+}

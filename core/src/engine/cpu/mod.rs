@@ -1,0 +1,279 @@
+//! The CPU engine: SIMD integer products, vectorised loops between them, threads.
+//!
+//! Bit-identical to [`super::twin::Twin`] in every output and every saturation count, for every
+//! [`Path`] and every number of threads. Start reading at [`kernel`] (the product and its layouts),
+//! then `gemm`, `weight_gradient` and `attention`. The other modules are one operation each.
+//!
+//! How exactness survives the speed: a value is either computed by integer instructions as its
+//! definition says, or by f32 instructions on integers that f32 holds exactly with one rounding to
+//! nearest even. Saturations are counted by exact comparison; only for block terms of products
+//! bounds on exponents prove first that there is nothing to count.
+
+mod attention;
+mod attention_backward;
+mod buffer;
+mod embedding;
+pub mod gemm;
+mod heads;
+mod kernel;
+mod logits;
+mod norm;
+mod operands;
+mod pack;
+mod path;
+mod quantize;
+mod scalar;
+mod softmax;
+mod swiglu;
+mod tables;
+mod weight_gradient;
+mod workers;
+
+use std::sync::Arc;
+
+use manyhands_shaders::bfp::WEIGHT_BITS;
+use manyhands_shaders::twin::{ACTIVATION_FRACTION, GRADIENT_FRACTION};
+
+use super::{Batch, Constants, Engine, EngineError, RowStats, Saturations, SeedRow, Tiles};
+pub use buffer::Buffer;
+pub use heads::{Cache, Queries};
+pub use norm::Norm;
+pub use operands::{Panels, Weight};
+pub use path::Path;
+
+use buffer::Pool;
+use gemm::{Output, matmul};
+use weight_gradient::TokenBlocks;
+use workers::{Tally, Workers};
+
+/// The CPU engine.
+pub struct Cpu {
+    constants: Constants,
+    path: Path,
+    workers: Workers,
+    pool: Arc<Pool>,
+    tally: Tally,
+}
+
+/// A tensor (N, C).
+pub struct Tensor {
+    cols: usize,
+    data: Buffer<i32>,
+}
+
+impl Tensor {
+    /// N.
+    fn rows(&self) -> usize {
+        self.data.len() / self.cols
+    }
+}
+
+/// A gradient (R, C).
+pub struct Gradient {
+    data: Buffer<i64>,
+}
+
+impl Cpu {
+    /// An engine for a model with these constants, on `threads` threads (at least one) and the
+    /// given path, or the best of this machine.
+    ///
+    /// # Panics
+    /// If the machine does not have the path's instructions.
+    pub fn new(constants: Constants, threads: usize, path: Option<Path>) -> Self {
+        let path = path.unwrap_or_else(Path::best);
+        assert!(path.is_available(), "this machine has no {path} instructions");
+        Self {
+            constants,
+            path,
+            workers: Workers::new(threads),
+            pool: Arc::default(),
+            tally: Tally::default(),
+        }
+    }
+
+    /// The instructions in use.
+    pub fn path(&self) -> Path {
+        self.path
+    }
+
+    /// The number of threads in use.
+    pub fn threads(&self) -> usize {
+        self.workers.threads()
+    }
+
+    /// A tensor of any content.
+    fn tensor_of(&self, rows: usize, cols: usize) -> Tensor {
+        Tensor { cols, data: self.pool.take(rows * cols) }
+    }
+
+    /// `out` (N, O) `=` or `+=` `x` times packed weights.
+    fn product(&self, x: &Panels, w: &operands::Packed, f: i32, out: &mut Tensor, output: Output) {
+        let cols = out.cols;
+        matmul(self.path, &self.workers, &self.tally, x, w, cols, f, &mut out.data, output);
+    }
+}
+
+impl Engine for Cpu {
+    type Tensor = Tensor;
+    type Blocks = Panels;
+    type Norm = Norm;
+    type Weight = Weight;
+    type Gain = Vec<i32>;
+    type Queries = Queries;
+    type Cache = Cache;
+    type Gradient = Gradient;
+
+    fn constants(&self) -> &Constants {
+        &self.constants
+    }
+
+    fn weight(&self, tiles: &Tiles) -> Weight {
+        Weight::new(&self.pool, tiles)
+    }
+
+    fn gain(&self, gain: &[i32]) -> Vec<i32> {
+        gain.to_vec()
+    }
+
+    fn tensor(&self, data: &[i32], cols: usize) -> Tensor {
+        let mut out = self.tensor_of(data.len() / cols, cols);
+        out.data.copy_from_slice(data);
+        out
+    }
+
+    fn cache(&self, slots: usize, capacity: usize) -> Cache {
+        heads::cache(self, slots, capacity)
+    }
+
+    fn gradient(&self, rows: usize, cols: usize) -> Gradient {
+        let mut data = self.pool.take(rows * cols);
+        data.fill(0);
+        Gradient { data }
+    }
+
+    fn embed(&self, embedding: &Weight, batch: &Batch) -> Tensor {
+        embedding::forward(self, embedding, &batch.tokens)
+    }
+
+    fn rmsnorm(&self, h: &Tensor, gain: &Vec<i32>) -> (Panels, Norm) {
+        norm::forward(self, h, gain)
+    }
+
+    fn linear<const K: usize>(&self, x: &Panels, w: [&Weight; K]) -> [Tensor; K] {
+        w.map(|w| {
+            let mut out = self.tensor_of(x.rows, w.rows);
+            self.product(x, &w.forward, ACTIVATION_FRACTION, &mut out, Output::Store);
+            out
+        })
+    }
+
+    fn linear_add(&self, x: &Panels, w: &Weight, h: &mut Tensor) {
+        assert_eq!(h.cols, w.rows, "a product of another width");
+        self.product(x, &w.forward, ACTIVATION_FRACTION, h, Output::Add);
+    }
+
+    fn heads(&self, qkv: &[Tensor; 3], batch: &Batch, cache: &mut Cache) -> Queries {
+        heads::forward(self, qkv, batch, cache)
+    }
+
+    fn attention(&self, q: &Queries, cache: &Cache, batch: &Batch) -> Panels {
+        attention::forward(self, q, cache, batch)
+    }
+
+    fn swiglu(&self, [gate, up]: &[Tensor; 2]) -> Panels {
+        swiglu::forward(self, gate, up)
+    }
+
+    fn rows(&self, x: &Tensor, rows: &[u32]) -> Tensor {
+        let mut out = self.tensor_of(rows.len(), x.cols);
+        for (to, &row) in out.data.chunks_exact_mut(x.cols).zip(rows) {
+            to.copy_from_slice(&x.data[row as usize * x.cols..][..x.cols]);
+        }
+        out
+    }
+
+    fn seed(&self, logits: &Tensor, rows: &[SeedRow], scale: i32) -> Tensor {
+        logits::seed(self, logits, rows, scale)
+    }
+
+    fn linear_backward<const K: usize>(
+        &self,
+        dy: [&Tensor; K],
+        x: &Panels,
+        w: [&Weight; K],
+        batch: &Batch,
+        grads: [&mut Gradient; K],
+    ) -> Tensor {
+        let mut dx = self.tensor_of(x.rows, w[0].cols);
+        let tokens = TokenBlocks::new(&batch.segments);
+        let along = weight_gradient::pack_x(self, x, &tokens);
+        let mut output = Output::Store;
+        for ((dy, w), grad) in dy.into_iter().zip(w).zip(grads) {
+            assert!(dy.cols == w.rows && dx.cols == w.cols, "a gradient of another width");
+            weight_gradient::add(self, dy, &along, &tokens, w.cols, &mut grad.data);
+            let g = quantize::rows(self, dy, -GRADIENT_FRACTION, WEIGHT_BITS);
+            self.product(&g, &w.backward, GRADIENT_FRACTION, &mut dx, output);
+            output = Output::Add;
+        }
+        dx
+    }
+
+    fn rmsnorm_backward(
+        &self,
+        dn: &Tensor,
+        norm: &Norm,
+        gain: &Vec<i32>,
+        grad: &mut Gradient,
+        dh: Option<Tensor>,
+    ) -> Tensor {
+        norm::backward(self, dn, norm, gain, &mut grad.data, dh)
+    }
+
+    fn swiglu_backward(&self, da: &Tensor, [gate, up]: &[Tensor; 2]) -> [Tensor; 2] {
+        swiglu::backward(self, da, gate, up)
+    }
+
+    fn attention_backward(
+        &self,
+        d_out: &Tensor,
+        q: &Queries,
+        cache: &Cache,
+        batch: &Batch,
+    ) -> [Tensor; 3] {
+        attention_backward::backward(self, d_out, q, cache, batch)
+    }
+
+    fn embed_backward(&self, dh: &Tensor, batch: &Batch, grad: &mut Gradient) {
+        embedding::backward(self, dh, &batch.tokens, &mut grad.data);
+    }
+
+    async fn stats(
+        &self,
+        x: &Tensor,
+        targets: &[u32],
+        scale: i32,
+    ) -> Result<Vec<RowStats>, EngineError> {
+        Ok(logits::stats(self, x, targets, scale))
+    }
+
+    async fn sample(
+        &self,
+        x: &Tensor,
+        draws: &[Option<u64>],
+        scale: i32,
+    ) -> Result<Vec<(u32, RowStats)>, EngineError> {
+        Ok(logits::sample(self, x, draws, scale))
+    }
+
+    async fn read(&self, x: &Tensor) -> Result<Vec<i32>, EngineError> {
+        Ok(x.data.to_vec())
+    }
+
+    async fn read_gradient(&self, grad: &Gradient) -> Result<Vec<i64>, EngineError> {
+        Ok(grad.data.to_vec())
+    }
+
+    async fn take_saturations(&self) -> Result<Saturations, EngineError> {
+        Ok(self.tally.take())
+    }
+}

@@ -1,0 +1,212 @@
+//! RMSNorm, forward into blocks and backward: `twin::rmsnorm`.
+#![expect(unsafe_code, reason = "rows of the outputs are written by several threads")]
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+
+use manyhands_shaders::bfp::{ACTIVATION_BITS, BLOCK};
+use manyhands_shaders::twin::rmsnorm::{NormConstants, RowScale};
+use manyhands_shaders::twin::{ACTIVATION_FRACTION, GRADIENT_FRACTION, SHARE_FRACTION, Site};
+use manyhands_shaders::x1::{bl, bl64, isqrt, rne};
+
+use super::buffer::Buffer;
+use super::kernel::{PANEL, PANEL_BLOCK, PANEL_EXPONENTS};
+use super::operands::Panels;
+use super::path::simd;
+use super::scalar::{mulsh, mulsh_wide, sat};
+use super::workers::Shared;
+use super::{Cpu, Tensor, quantize};
+
+/// What RMSNorm keeps for its backward pass.
+pub struct Norm {
+    /// (N, C) rows divided by their root mean square.
+    unit: Buffer<i32>,
+    /// (N) scales as (mantissa, shift).
+    scales: Buffer<i32>,
+}
+
+/// `twin::rmsnorm::row_scale`.
+#[inline(always)]
+fn row_scale(h: &[i32], c: &NormConstants) -> RowScale {
+    let mut any = 0;
+    for x in h {
+        any |= x.unsigned_abs();
+    }
+    let prescale = (bl(any.cast_signed()) - 15).max(0);
+    let mut sum = 0_u64;
+    if prescale == 0 {
+        for &x in h {
+            sum += u64::from((x * x).cast_unsigned());
+        }
+    } else {
+        let half = (1 << (prescale - 1)) - 1;
+        for &x in h {
+            let y = (x + half + ((x >> prescale) & 1)) >> prescale;
+            sum += u64::from((y * y).cast_unsigned());
+        }
+    }
+    sum += c.epsilon >> (2 * prescale);
+    let up = (32 - bl64(sum)) & !1;
+    let v = if up >= 0 { sum << up } else { sum >> -up } as u32;
+    let r = ((1 << 31) / isqrt(v)).min(65535);
+    let scale = rne(i64::from(r * c.root), 16) as i32;
+    RowScale { scale, shift: -(up / 2 - 31 - prescale + 32 - c.root_shift) }
+}
+
+simd! {
+    /// One panel of rows: unit rows, scales and quantised output; the number of clamps.
+    fn forward_panel(
+        h: &[i32],
+        gain: &[i32],
+        c: &NormConstants,
+        unit: &mut [i32],
+        scales: &mut [i32],
+        mantissas: &mut [i16],
+        exponents: &mut [i32],
+    ) -> u64 {
+        let width = c.width;
+        let rows = h.len() / width;
+        let mut count = 0;
+        for i in 0..rows {
+            let h = &h[i * width..(i + 1) * width];
+            let unit = &mut unit[i * width..(i + 1) * width];
+            let s = row_scale(h, c);
+            scales[2 * i] = s.scale;
+            scales[2 * i + 1] = s.shift;
+            for (b, (h, unit)) in h.chunks(BLOCK).zip(unit.chunks_mut(BLOCK)).enumerate() {
+                let gain = &gain[b * BLOCK..];
+                let mut out = [0; BLOCK];
+                let n = h.len();
+                if n == BLOCK {
+                    for j in 0..BLOCK {
+                        let u = mulsh(h[j], s.scale, s.shift as u32, &mut count);
+                        unit[j] = u;
+                        out[j] = mulsh(u, gain[j], 12, &mut count);
+                    }
+                } else {
+                    for j in 0..n {
+                        let u = mulsh(h[j], s.scale, s.shift as u32, &mut count);
+                        unit[j] = u;
+                        out[j] = mulsh(u, gain[j], 12, &mut count);
+                    }
+                }
+                let m = &mut mantissas[b * PANEL_BLOCK + i * BLOCK..][..BLOCK];
+                if let Ok(m) = m.try_into() {
+                    let e = quantize::block(&out, -ACTIVATION_FRACTION, ACTIVATION_BITS, m);
+                    exponents[b * PANEL_EXPONENTS + i] = e;
+                }
+            }
+        }
+        quantize::finish(exponents, rows);
+        count.cast_unsigned()
+    }
+}
+
+simd! {
+    /// One row of the backward pass: adds to `gain_grad`, writes `dx`. `du` is scratch.
+    /// Returns the number of clamps.
+    fn backward_row(
+        dn: &[i32],
+        unit: &[i32],
+        scale: i32,
+        shift: u32,
+        gain: &[i32],
+        inverse_width: i32,
+        gain_grad: &mut [i64],
+        du: &mut [i32],
+    ) -> u64 {
+        const TO_SHARE: u32 = (16 + GRADIENT_FRACTION - SHARE_FRACTION) as u32;
+        let n = dn.len();
+        let (unit, gain, gain_grad, du) =
+            (&unit[..n], &gain[..n], &mut gain_grad[..n], &mut du[..n]);
+        let mut count = 0;
+        let mut projection = 0_i64;
+        for i in 0..n {
+            gain_grad[i] += i64::from(mulsh(dn[i], unit[i], TO_SHARE, &mut count));
+            let d = mulsh(dn[i], gain[i], 12, &mut count);
+            du[i] = d;
+            projection += i64::from(mulsh(d, unit[i], 16, &mut count));
+        }
+        let projection = sat(projection, &mut count);
+        let mean = mulsh(projection, inverse_width, 20, &mut count);
+        for i in 0..n {
+            let along = mulsh(unit[i], mean, 16, &mut count);
+            du[i] = sat(mulsh_wide(du[i] - along, scale, shift), &mut count);
+        }
+        count.cast_unsigned()
+    }
+}
+
+/// Forward of `h` (N, C): blocks and what the backward pass needs.
+pub(super) fn forward(cpu: &Cpu, h: &Tensor, gain: &[i32]) -> (Panels, Norm) {
+    let c = &cpu.constants.norm;
+    assert!(h.cols == c.width && gain.len() == c.width, "rows of another width");
+    let rows = h.rows();
+    let mut out = Panels::take(&cpu.pool, rows, c.width);
+    let mut norm = Norm { unit: cpu.pool.take(h.data.len()), scales: cpu.pool.take(2 * rows) };
+    let (panel_len, panel_exponents) = (out.panel_len(), out.panel_exponents());
+    let (m, e) = (Shared::new(&mut out.mantissas), Shared::new(&mut out.exponents));
+    let (unit, scales) = (Shared::new(&mut norm.unit), Shared::new(&mut norm.scales));
+    cpu.workers.ranges(rows, PANEL, h.data.len() * 3 / 2, |range| {
+        for first in range.clone().step_by(PANEL) {
+            let (p, n) = (first / PANEL, PANEL.min(range.end - first));
+            let at = first * c.width;
+            // SAFETY: ranges are whole panels, each visited once.
+            let (m, e, unit, scales) = unsafe {
+                (
+                    m.part(p * panel_len, panel_len),
+                    e.part(p * panel_exponents, panel_exponents),
+                    unit.part(at, n * c.width),
+                    scales.part(2 * first, 2 * n),
+                )
+            };
+            let h = &h.data[at..at + n * c.width];
+            let count = forward_panel(cpu.path, h, gain, c, unit, scales, m, e);
+            cpu.tally.add(Site::Norm, count);
+        }
+    });
+    (out, norm)
+}
+
+/// Backward: adds to `grad` (C), returns `dh = sat(dh + dx)`, where `dh` of `None` is zero.
+pub(super) fn backward(
+    cpu: &Cpu,
+    dn: &Tensor,
+    norm: &Norm,
+    gain: &[i32],
+    grad: &mut [i64],
+    dh: Option<Tensor>,
+) -> Tensor {
+    let width = cpu.constants.norm.width;
+    let inverse_width = cpu.constants.norm.inverse_width;
+    let add = dh.is_some();
+    let mut out = dh.unwrap_or_else(|| cpu.tensor_of(dn.rows(), width));
+    assert!(out.data.len() == dn.data.len() && grad.len() == width, "gradients of another shape");
+    let shared = Shared::new(&mut out.data);
+    let grad = Mutex::new(grad);
+    cpu.workers.ranges(dn.rows(), 1, dn.data.len() * 5 / 2, |range| {
+        let mut sum = vec![0_i64; width];
+        let mut scratch = vec![0; width];
+        let mut counts = (0, 0);
+        for r in range {
+            let at = r * width;
+            let (scale, shift) = (norm.scales[2 * r], norm.scales[2 * r + 1] as u32);
+            let (dn, unit) = (&dn.data[at..at + width], &norm.unit[at..at + width]);
+            // SAFETY: each row is visited once.
+            let out = unsafe { shared.part(at, width) };
+            let to = if add { &mut scratch[..] } else { &mut *out };
+            let (path, sum) = (cpu.path, &mut sum);
+            counts.0 += backward_row(path, dn, unit, scale, shift, gain, inverse_width, sum, to);
+            if add {
+                counts.1 += super::gemm::add_saturating(cpu.path, out, &scratch);
+            }
+        }
+        cpu.tally.add(Site::Norm, counts.0);
+        cpu.tally.add(Site::Residual, counts.1);
+        let mut grad = grad.lock().unwrap_or_else(PoisonError::into_inner);
+        for (g, s) in grad.iter_mut().zip(sum) {
+            *g += s;
+        }
+    });
+    out
+}
