@@ -134,7 +134,7 @@ fn answer<E: Engine>(
         // A reader that went away (a closed pipe) ends the text.
         args.json || write!(out, "{}", decode(&[newest])).and_then(|()| out.flush()).is_ok()
     };
-    let request = Request { prompt: tokens, stream };
-    let all = generate(engine, decoder, &[request], &sampling, stream_out);
+    let requests = [Request { prompt: tokens, stream }];
+    let all = generate(engine, decoder, &requests, &sampling, stream_out);
     pollster::block_on(all)?.into_iter().next().context("one request gives one completion")
 }
