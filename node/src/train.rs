@@ -49,13 +49,12 @@ pub struct TrainArgs {
 
 /// A line of the log.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum LogLine {
     /// An optimizer step.
     Step {
         /// What the trainer reports.
-        #[serde(flatten)]
-        report: StepReport,
+        report: Box<StepReport>,
         /// Wall seconds by part.
         seconds: BTreeMap<Part, f64>,
         /// Tokens sampled and trained on, a second.
@@ -64,8 +63,7 @@ pub enum LogLine {
     /// An evaluation on held-out problems.
     Eval {
         /// Phase, step and result.
-        #[serde(flatten)]
-        evaluation: Evaluation,
+        evaluation: Box<Evaluation>,
         /// Wall seconds.
         seconds: f64,
     },
@@ -194,7 +192,7 @@ impl LogLine {
             Self::Step { report, .. } => {
                 (report.phase as u8, report.step) <= (state.phase as u8, state.step)
             }
-            Self::Eval { evaluation, .. } => state.evaluations.contains(evaluation),
+            Self::Eval { evaluation, .. } => state.evaluations.contains(evaluation.as_ref()),
         }
     }
 }
@@ -276,7 +274,8 @@ fn run_trainer<E: Engine>(
         let tokens_per_second = tokens / started.elapsed().as_secs_f64();
         view.step(&report, steps, tokens_per_second);
         let seconds = view.take_seconds();
-        store.append(LOG, &LogLine::Step { report, seconds, tokens_per_second })?;
+        store
+            .append(LOG, &LogLine::Step { report: Box::new(report), seconds, tokens_per_second })?;
         if trainer.state.step.is_multiple_of(every) {
             save(&trainer)?;
         }
@@ -292,7 +291,8 @@ fn evaluate<E: Engine>(
     let report = pollster::block_on(trainer.evaluate(&mut |p| view.observe(p)))?;
     view.take_seconds();
     let evaluation = trainer.state.evaluations.last().cloned().context("just evaluated")?;
-    store.append(LOG, &LogLine::Eval { evaluation, seconds: started.elapsed().as_secs_f64() })?;
+    let (evaluation, seconds) = (Box::new(evaluation), started.elapsed().as_secs_f64());
+    store.append(LOG, &LogLine::Eval { evaluation, seconds })?;
     Ok(report)
 }
 
