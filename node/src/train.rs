@@ -337,3 +337,23 @@ pub fn summary(lines: &[LogLine], weights: blake3::Hash) -> Summary {
         saturations,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A run file that does not parse would greet every newcomer.
+    #[test]
+    fn shipped_run_files_are_valid() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("runs");
+        let mut count = 0;
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            let text = std::fs::read_to_string(&path).unwrap();
+            let config = parse_run(&text).unwrap_or_else(|e| panic!("{}: {e:#}", path.display()));
+            open_problems(&config, Path::new(".")).unwrap();
+            count += 1;
+        }
+        assert!(count >= 3);
+    }
+}
