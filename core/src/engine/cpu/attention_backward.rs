@@ -16,7 +16,7 @@ use super::kernel::{
     Count, Job, Kind, PANEL, PANEL_BLOCK, PANEL_EXPONENTS, TILE, TILE_BLOCK, ZERO_EXPONENT, bias,
     fast_limit, run,
 };
-use super::pack::{GROUP, Strip, scatter, strip, strip_folded};
+use super::pack::{GROUP, Strip, magnitudes, scatter, strip, strip_folded};
 use super::path::{Path, simd};
 use super::scalar::{mulsh_wide, sat};
 use super::softmax::{fold, probabilities};
@@ -124,7 +124,10 @@ simd! {
             if from < first + columns && from / TILE <= row_tile {
                 let x = &x[from..];
                 match folded {
-                    None => strip(x, stride, rows, TILE, e, bits, strips, es),
+                    None => {
+                        let any = magnitudes(x, stride, rows, TILE);
+                        strip(x, stride, rows, TILE, &any, e, bits, strips, es);
+                    }
                     Some(f) => {
                         strip_folded(x, stride, f, TILE, bits, strips, es);
                         for es in es.iter_mut() {
@@ -151,7 +154,9 @@ simd! {
         exponents: &mut [i32; TILE],
     ) -> i32 {
         let mut out: Strip = [[0; TILE]; BLOCK / 2];
-        strip(x, stride, rows, width, -GRADIENT_FRACTION, WEIGHT_BITS, &mut out, exponents);
+        let any = magnitudes(x, stride, rows, width);
+        let out_ref = &mut out;
+        strip(x, stride, rows, width, &any, -GRADIENT_FRACTION, WEIGHT_BITS, out_ref, exponents);
         for (to, x) in to.as_chunks_mut::<2>().0.iter_mut().zip(out.as_flattened()) {
             *to = [*x as i16, (*x >> 16) as i16];
         }

@@ -15,7 +15,8 @@ use super::operands::Panels;
 use super::path::simd;
 use super::scalar::{mulsh, mulsh_wide, sat};
 use super::workers::Shared;
-use super::{Cpu, Tensor, quantize};
+use super::quantize::{self, whole};
+use super::{Cpu, Tensor};
 
 /// What RMSNorm keeps for its backward pass.
 pub struct Norm {
@@ -74,22 +75,13 @@ simd! {
             scales[2 * i] = s.scale;
             scales[2 * i + 1] = s.shift;
             for (b, (h, unit)) in h.chunks(BLOCK).zip(unit.chunks_mut(BLOCK)).enumerate() {
-                let gain = &gain[b * BLOCK..];
-                let mut out = [0; BLOCK];
-                let n = h.len();
-                if n == BLOCK {
-                    for j in 0..BLOCK {
-                        let u = mulsh(h[j], s.scale, s.shift as u32, &mut count);
-                        unit[j] = u;
-                        out[j] = mulsh(u, gain[j], 12, &mut count);
-                    }
-                } else {
-                    for j in 0..n {
-                        let u = mulsh(h[j], s.scale, s.shift as u32, &mut count);
-                        unit[j] = u;
-                        out[j] = mulsh(u, gain[j], 12, &mut count);
-                    }
+                let (h, gain) = (whole(h), whole(&gain[b * BLOCK..]));
+                let (mut u, mut out) = ([0; BLOCK], [0; BLOCK]);
+                for j in 0..BLOCK {
+                    u[j] = mulsh(h[j], s.scale, s.shift as u32, &mut count);
+                    out[j] = mulsh(u[j], gain[j], 12, &mut count);
                 }
+                unit.copy_from_slice(&u[..unit.len()]);
                 let m = &mut mantissas[b * PANEL_BLOCK + i * BLOCK..][..BLOCK];
                 if let Ok(m) = m.try_into() {
                     let e = quantize::block(&out, -ACTIVATION_FRACTION, ACTIVATION_BITS, m);

@@ -10,7 +10,8 @@ use super::path::simd;
 use super::scalar::mulsh;
 use super::tables::sigmoid;
 use super::workers::Shared;
-use super::{Cpu, Tensor, quantize};
+use super::quantize::{self, whole};
+use super::{Cpu, Tensor};
 
 simd! {
     /// One panel of rows (rows, F): quantised output; the number of clamps.
@@ -27,17 +28,11 @@ simd! {
             let gate = gate[i * cols..(i + 1) * cols].chunks(BLOCK);
             let up = up[i * cols..(i + 1) * cols].chunks(BLOCK);
             for (b, (gate, up)) in gate.zip(up).enumerate() {
+                let (gate, up) = (whole(gate), whole(up));
                 let mut out = [0; BLOCK];
-                if gate.len() == BLOCK {
-                    for j in 0..BLOCK {
-                        let silu = mulsh(gate[j], sigmoid(gate[j]), 16, &mut count);
-                        out[j] = mulsh(silu, up[j], 16, &mut count);
-                    }
-                } else {
-                    for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
-                        let silu = mulsh(g, sigmoid(g), 16, &mut count);
-                        *out = mulsh(silu, u, 16, &mut count);
-                    }
+                for j in 0..BLOCK {
+                    let silu = mulsh(gate[j], sigmoid(gate[j]), 16, &mut count);
+                    out[j] = mulsh(silu, up[j], 16, &mut count);
                 }
                 let m = &mut mantissas[b * PANEL_BLOCK + i * BLOCK..][..BLOCK];
                 if let Ok(m) = m.try_into() {
