@@ -219,6 +219,23 @@ pub(super) fn pack_x(cpu: &Cpu, x: &Panels, tokens: &TokenBlocks) -> AlongTokens
     out
 }
 
+simd! {
+    /// `to += from`, over the length of `to`.
+    fn add_totals(to: &mut [i64], from: &[i32]) {
+        if let (Ok(to), Ok(from)) =
+            (<&mut [i64; TILE]>::try_from(&mut *to), <&[i32; TILE]>::try_from(from))
+        {
+            for i in 0..TILE {
+                to[i] += i64::from(from[i]);
+            }
+            return;
+        }
+        for (to, from) in to.iter_mut().zip(from) {
+            *to += i64::from(*from);
+        }
+    }
+}
+
 /// Blocks of a contraction that stay in L1 while panels go by.
 const CHUNK: usize = 8;
 /// Panels that one index computes.
@@ -264,9 +281,7 @@ pub(super) fn add(
                 let at = (panel * PANEL + r) * cols + tile * TILE;
                 // SAFETY: each (panel, tile) belongs to one index.
                 let grad = unsafe { shared.part(at, width) };
-                for (g, t) in grad.iter_mut().zip(&from[r * TILE..]) {
-                    *g += i64::from(*t);
-                }
+                add_totals(cpu.path, grad, &from[r * TILE..(r + 1) * TILE]);
             }
         };
         run.merged(&safe, &panel_max, tile_max[tile], &mut totals, &spill);
