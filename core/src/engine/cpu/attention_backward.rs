@@ -16,7 +16,7 @@ use super::kernel::{
     Count, Job, Kind, PANEL, PANEL_BLOCK, PANEL_EXPONENTS, TILE, TILE_BLOCK, ZERO_EXPONENT, bias,
     fast_limit, run,
 };
-use super::pack::{GROUP, Strip, scatter, strip, strip_folded};
+use super::pack::{GROUP, Strip, magnitudes, scatter, strip, strip_folded};
 use super::path::{Path, simd};
 use super::scalar::{mulsh_wide, sat};
 use super::softmax::{fold, probabilities};
@@ -124,7 +124,10 @@ simd! {
             if from < first + columns && from / TILE <= row_tile {
                 let x = &x[from..];
                 match folded {
-                    None => strip(x, stride, rows, TILE, e, bits, strips, es),
+                    None => {
+                        let any = magnitudes(x, stride, rows, TILE);
+                        strip(x, stride, rows, TILE, &any, e, bits, strips, es);
+                    }
                     Some(f) => {
                         strip_folded(x, stride, f, TILE, bits, strips, es);
                         for es in es.iter_mut() {
@@ -151,7 +154,9 @@ simd! {
         exponents: &mut [i32; TILE],
     ) -> i32 {
         let mut out: Strip = [[0; TILE]; BLOCK / 2];
-        strip(x, stride, rows, width, -GRADIENT_FRACTION, WEIGHT_BITS, &mut out, exponents);
+        let any = magnitudes(x, stride, rows, width);
+        let out_ref = &mut out;
+        strip(x, stride, rows, width, &any, -GRADIENT_FRACTION, WEIGHT_BITS, out_ref, exponents);
         for (to, x) in to.as_chunks_mut::<2>().0.iter_mut().zip(out.as_flattened()) {
             *to = [*x as i16, (*x >> 16) as i16];
         }
@@ -180,11 +185,24 @@ simd! {
     }
 }
 
-/// Swaps the roles of rows and channels in a 32x32 tile of pairs.
+/// Swaps the roles of keys and channels in a 32x32 tile of pairs: a transposition of 2x2 squares,
+/// and of each square.
 fn transpose(from: &[i16], to: &mut [i16]) {
-    for i in 0..TILE {
-        for j in 0..TILE {
-            to[(i / 2 * TILE + j) * 2 + i % 2] = from[(j / 2 * TILE + i) * 2 + j % 2];
+    let (from, to) = (from.as_chunks::<4>().0, to.as_chunks_mut::<4>().0);
+    for i in 0..TILE / 2 {
+        for j in 0..TILE / 2 {
+            let [a, b, c, d] = from[j * (TILE / 2) + i];
+            to[i * (TILE / 2) + j] = [a, c, b, d];
+        }
+    }
+}
+
+simd! {
+    /// Interleaves two lines.
+    fn interleave(low: &[i16; BLOCK], high: &[i16; BLOCK], to: &mut [i16]) {
+        let (to, _) = to.as_chunks_mut::<2>();
+        for i in 0..BLOCK {
+            to[i] = [low[i], high[i]];
         }
     }
 }
@@ -329,11 +347,17 @@ impl Head<'_> {
                 q[to * PANEL_BLOCK + i % PANEL * BLOCK..][..BLOCK].copy_from_slice(line);
                 exponents[to * PANEL_EXPONENTS + i % PANEL] =
                     self.q.exponents[from * PANEL_EXPONENTS + r % PANEL];
-                let tile = (b * tiles + i / TILE) * TILE_BLOCK + i % TILE / 2 * 2 * TILE;
-                let pairs = along[tile..tile + 2 * TILE].as_chunks_mut::<2>().0;
-                for (to, m) in pairs.iter_mut().zip(line) {
-                    to[i % 2] = *m;
-                }
+            }
+        }
+        for i in (0..self.s.rows).step_by(2) {
+            for b in 0..blocks {
+                let line = |i: usize| {
+                    let at = (i / PANEL * blocks + b) * PANEL_BLOCK + i % PANEL * BLOCK;
+                    q[at..].first_chunk().filter(|_| i < self.s.rows).unwrap_or(&[0; BLOCK])
+                };
+                let tile = (b * tiles + i / TILE) * TILE_BLOCK + i % TILE * TILE;
+                let to = &mut along[tile..tile + 2 * TILE];
+                interleave(self.path(), line(i), line(i + 1), to);
             }
         }
         for (p, e) in exponents.chunks_exact_mut(blocks * PANEL_EXPONENTS).enumerate() {

@@ -123,8 +123,9 @@ fn quantize(x: &[i32], bits: u32, m: &mut [i16]) -> (i32, i32) {
     for v in x {
         any |= v.unsigned_abs();
     }
-    m.fill(0);
+    m[x.len()..].fill(0);
     if any == 0 {
+        m.fill(0);
         return (0, ZERO_EXPONENT);
     }
     let s = (32 - any.leading_zeros()).cast_signed() - (bits.cast_signed() - 1);
@@ -146,14 +147,22 @@ fn quantize(x: &[i32], bits: u32, m: &mut [i16]) -> (i32, i32) {
 
 simd! {
     /// Rotates (unless `cos` is empty) and quantises one vector: its two exponents, the clamps.
-    fn vector(x: &[i32], cos: &[i32], sin: &[i32], bits: u32, m: &mut [i16]) -> (i32, i32, u64) {
+    /// `rotated` (at least D) is scratch.
+    fn vector(
+        x: &[i32],
+        cos: &[i32],
+        sin: &[i32],
+        bits: u32,
+        rotated: &mut [i32],
+        m: &mut [i16],
+    ) -> (i32, i32, u64) {
         let mut count = 0;
-        let mut rotated = [0; HEAD_MAX];
         let x = if cos.is_empty() {
             x
         } else {
-            rotate(x, cos, sin, 1, &mut rotated[..x.len()], &mut count);
-            &rotated[..x.len()]
+            let rotated = &mut rotated[..x.len()];
+            rotate(x, cos, sin, 1, rotated, &mut count);
+            &*rotated
         };
         let (canonical, stored) = quantize(x, bits, m);
         (canonical, stored, count.cast_unsigned())
@@ -201,6 +210,7 @@ pub(super) fn forward(
         let mut count = 0;
         let mut m = [0_i16; HEAD_MAX];
         let m = &mut m[..blocks * BLOCK];
+        let scratch = &mut [0; HEAD_MAX][..];
         for piece in &pieces[range] {
             let s: &Segment = &batch.segments[piece.segment];
             for i in piece.first..piece.first + piece.rows {
@@ -209,7 +219,7 @@ pub(super) fn forward(
                 let (cos, sin) = (&rope.cos[at..at + rope.half], &rope.sin[at..at + rope.half]);
                 for h in 0..c.heads {
                     let x = &q.data[(row * c.heads + h) * d..][..d];
-                    let (canonical, e, n) = vector(cpu.path, x, cos, sin, ACTIVATION_BITS, m);
+                    let (canonical, e, n) = vector(cpu.path, x, cos, sin, ACTIVATION_BITS, scratch, m);
                     count += n;
                     let r = i * group + h % group;
                     let panel =
@@ -229,12 +239,12 @@ pub(super) fn forward(
                 for g in 0..c.kv_heads {
                     let from = (row * c.kv_heads + g) * d;
                     let x = &k.data[from..from + d];
-                    let (canonical, e, n) = vector(cpu.path, x, cos, sin, WEIGHT_BITS, m);
+                    let (canonical, e, n) = vector(cpu.path, x, cos, sin, WEIGHT_BITS, scratch, m);
                     count += n;
                     // SAFETY: a piece owns its tile of keys and values in its slot.
                     unsafe { writer.key(s.slot, g, position, m, canonical, e) };
                     let x = &v.data[from..from + d];
-                    let (canonical, _, _) = vector(cpu.path, x, &[], &[], WEIGHT_BITS, m);
+                    let (canonical, _, _) = vector(cpu.path, x, &[], &[], WEIGHT_BITS, scratch, m);
                     // SAFETY: as above.
                     unsafe { writer.value(s.slot, g, position, m, canonical) };
                 }

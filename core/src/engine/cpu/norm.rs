@@ -13,9 +13,10 @@ use super::buffer::Buffer;
 use super::kernel::{PANEL, PANEL_BLOCK, PANEL_EXPONENTS};
 use super::operands::Panels;
 use super::path::simd;
-use super::scalar::{mulsh, mulsh_wide, sat};
+use super::scalar::{could_clamp, mulsh, mulsh_pair, mulsh_wide, pairs, sat, unpairs};
 use super::workers::Shared;
-use super::{Cpu, Tensor, quantize};
+use super::quantize::{self, whole};
+use super::{Cpu, Tensor};
 
 /// What RMSNorm keeps for its backward pass.
 pub struct Norm {
@@ -74,22 +75,22 @@ simd! {
             scales[2 * i] = s.scale;
             scales[2 * i + 1] = s.shift;
             for (b, (h, unit)) in h.chunks(BLOCK).zip(unit.chunks_mut(BLOCK)).enumerate() {
-                let gain = &gain[b * BLOCK..];
-                let mut out = [0; BLOCK];
-                let n = h.len();
-                if n == BLOCK {
+                let (h, gain) = (whole(h), whole(&gain[b * BLOCK..]));
+                let (x, g) = (pairs(&h), pairs(&gain));
+                let scale = pairs(&[s.scale; BLOCK])[0];
+                let (mut u, mut y, mut flags) = ([0; BLOCK / 2], [0; BLOCK / 2], 0);
+                for j in 0..BLOCK / 2 {
+                    u[j] = mulsh_pair(x[j], scale, s.shift as u32, &mut flags);
+                    y[j] = mulsh_pair(u[j], g[j], 12, &mut flags);
+                }
+                let (mut u, mut out) = (unpairs(&u), unpairs(&y));
+                if could_clamp(flags) {
                     for j in 0..BLOCK {
-                        let u = mulsh(h[j], s.scale, s.shift as u32, &mut count);
-                        unit[j] = u;
-                        out[j] = mulsh(u, gain[j], 12, &mut count);
-                    }
-                } else {
-                    for j in 0..n {
-                        let u = mulsh(h[j], s.scale, s.shift as u32, &mut count);
-                        unit[j] = u;
-                        out[j] = mulsh(u, gain[j], 12, &mut count);
+                        u[j] = mulsh(h[j], s.scale, s.shift as u32, &mut count);
+                        out[j] = mulsh(u[j], gain[j], 12, &mut count);
                     }
                 }
+                unit.copy_from_slice(&u[..unit.len()]);
                 let m = &mut mantissas[b * PANEL_BLOCK + i * BLOCK..][..BLOCK];
                 if let Ok(m) = m.try_into() {
                     let e = quantize::block(&out, -ACTIVATION_FRACTION, ACTIVATION_BITS, m);

@@ -21,7 +21,7 @@ pub(super) fn pair(low: i32, high: i32) -> u32 {
 }
 
 /// Quantises `width <= 32` columns of up to 32 rows of `x`, `stride` apart, with one exponent `e`
-/// for all values. Writes pairs to `strip` and exponents, as kernels store them, to `exponents`;
+/// for all values. `any` is the union of each column's magnitudes, zero beyond the width. Writes pairs to `strip` and exponents, as kernels store them, to `exponents`;
 /// both are zero beyond the width.
 #[inline(always)]
 pub(super) fn strip(
@@ -29,23 +29,12 @@ pub(super) fn strip(
     stride: usize,
     rows: usize,
     width: usize,
+    any: &[u32; TILE],
     e: i32,
     bits: u32,
     strip: &mut Strip,
     exponents: &mut [i32; TILE],
 ) {
-    let mut any = [0_u32; TILE];
-    for r in 0..rows {
-        if width == TILE {
-            for (any, x) in any.iter_mut().zip(&x[r * stride..r * stride + TILE]) {
-                *any |= x.unsigned_abs();
-            }
-        } else {
-            for (any, x) in any.iter_mut().zip(&x[r * stride..r * stride + width]) {
-                *any |= x.unsigned_abs();
-            }
-        }
-    }
     let max = (1 << (bits - 1)) - 1;
     let (mut right, mut left) = ([0_u32; TILE], [0_u32; TILE]);
     let (mut half, mut odd) = ([0_i32; TILE], [0_i32; TILE]);
@@ -82,6 +71,24 @@ pub(super) fn strip(
             }
         }
     }
+}
+
+/// The union of the magnitudes in each of `width <= 32` columns.
+#[inline(always)]
+pub(super) fn magnitudes(x: &[i32], stride: usize, rows: usize, width: usize) -> [u32; TILE] {
+    let mut any = [0; TILE];
+    for r in 0..rows {
+        if width == TILE {
+            for (any, x) in any.iter_mut().zip(&x[r * stride..r * stride + TILE]) {
+                *any |= x.unsigned_abs();
+            }
+        } else {
+            for (any, x) in any.iter_mut().zip(&x[r * stride..r * stride + width]) {
+                *any |= x.unsigned_abs();
+            }
+        }
+    }
+    any
 }
 
 /// As [`strip`] with an exponent `e[r]` for each row.

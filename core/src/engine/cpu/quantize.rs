@@ -37,6 +37,19 @@ pub(super) fn block(x: &[i32; BLOCK], e: i32, bits: u32, m: &mut [i16; BLOCK]) -
     (e + s) << EXPONENT_SHIFT
 }
 
+/// The first 32 values, zeros where there are fewer: loops over whole blocks vectorise.
+#[inline(always)]
+pub(super) fn whole(x: &[i32]) -> [i32; BLOCK] {
+    match x.first_chunk() {
+        Some(x) => *x,
+        None => {
+            let mut out = [0; BLOCK];
+            out[..x.len()].copy_from_slice(x);
+            out
+        }
+    }
+}
+
 /// Quantises one row into its place in a panel: `mantissas` and `exponents` start at the row.
 #[inline(always)]
 pub(super) fn row(

@@ -48,3 +48,54 @@ pub(super) fn length_field(x: i32) -> i32 {
     // Clearing the bits below each set bit's neighbour keeps the length and forbids the carry.
     ((x & !(x >> 1)).cast_signed() as f32).to_bits().cast_signed() >> 23
 }
+
+/// A block as pairs of neighbours: 64-bit products need no widening of their operands then.
+#[inline(always)]
+pub(super) fn pairs(x: &[i32; 32]) -> [u64; 16] {
+    let mut out = [0; 16];
+    for i in 0..16 {
+        out[i] = join(x[2 * i], x[2 * i + 1]);
+    }
+    out
+}
+
+/// The inverse of [`pairs`].
+#[inline(always)]
+pub(super) fn unpairs(x: &[u64; 16]) -> [i32; 32] {
+    let mut out = [0; 32];
+    for i in 0..16 {
+        out[2 * i] = x[i] as i32;
+        out[2 * i + 1] = (x[i] >> 32) as i32;
+    }
+    out
+}
+
+#[inline(always)]
+fn join(low: i32, high: i32) -> u64 {
+    u64::from(low.cast_unsigned()) | u64::from(high.cast_unsigned()) << 32
+}
+
+/// [`mulsh_wide`] of two pairs, and into `flags` what [`could_clamp`] needs.
+#[inline(always)]
+pub(super) fn mulsh_pair(a: u64, b: u64, s: u32, flags: &mut u64) -> u64 {
+    let low = |x: u64| i64::from(x as i32);
+    let high = |x: u64| x.cast_signed() >> 32;
+    let x = rne64(low(a) * low(b), s);
+    let y = rne64(high(a) * high(b), s);
+    const HALF: i64 = 1 << 29;
+    *flags |= (x.wrapping_add(HALF) | y.wrapping_add(HALF)).cast_unsigned();
+    (x.cast_unsigned() & 0xffff_ffff) | (y.cast_unsigned() << 32)
+}
+
+/// Whether any result that went into `flags` was 2^29 or more in magnitude.
+#[inline(always)]
+pub(super) fn could_clamp(flags: u64) -> bool {
+    flags >> 30 != 0
+}
+
+/// Sums of the halves of two pairs, wrapping.
+#[inline(always)]
+pub(super) fn add_pair(a: u64, b: u64) -> u64 {
+    let high = (a >> 32).wrapping_add(b >> 32) << 32;
+    high | u64::from((a as u32).wrapping_add(b as u32))
+}

@@ -7,10 +7,21 @@ use manyhands_shaders::twin::{ACTIVATION_FRACTION, Site};
 use super::kernel::{PANEL, PANEL_BLOCK, PANEL_EXPONENTS};
 use super::operands::Panels;
 use super::path::simd;
-use super::scalar::mulsh;
+use super::scalar::{add_pair, could_clamp, mulsh, mulsh_pair, pairs, unpairs};
 use super::tables::sigmoid;
 use super::workers::Shared;
-use super::{Cpu, Tensor, quantize};
+use super::quantize::{self, whole};
+use super::{Cpu, Tensor};
+
+/// [`sigmoid`] of a block, as a loop: `map` would be compiled apart, without SIMD.
+#[inline(always)]
+fn sigmoids(x: &[i32; BLOCK]) -> [i32; BLOCK] {
+    let mut out = [0; BLOCK];
+    for j in 0..BLOCK {
+        out[j] = sigmoid(x[j]);
+    }
+    out
+}
 
 simd! {
     /// One panel of rows (rows, F): quantised output; the number of clamps.
@@ -27,16 +38,19 @@ simd! {
             let gate = gate[i * cols..(i + 1) * cols].chunks(BLOCK);
             let up = up[i * cols..(i + 1) * cols].chunks(BLOCK);
             for (b, (gate, up)) in gate.zip(up).enumerate() {
-                let mut out = [0; BLOCK];
-                if gate.len() == BLOCK {
+                let (gate, up) = (whole(gate), whole(up));
+                let (g, u) = (pairs(&gate), pairs(&up));
+                let sig = pairs(&sigmoids(&gate));
+                let (mut y, mut flags) = ([0; BLOCK / 2], 0);
+                for j in 0..BLOCK / 2 {
+                    let silu = mulsh_pair(g[j], sig[j], 16, &mut flags);
+                    y[j] = mulsh_pair(silu, u[j], 16, &mut flags);
+                }
+                let mut out = unpairs(&y);
+                if could_clamp(flags) {
                     for j in 0..BLOCK {
                         let silu = mulsh(gate[j], sigmoid(gate[j]), 16, &mut count);
                         out[j] = mulsh(silu, up[j], 16, &mut count);
-                    }
-                } else {
-                    for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
-                        let silu = mulsh(g, sigmoid(g), 16, &mut count);
-                        *out = mulsh(silu, u, 16, &mut count);
                     }
                 }
                 let m = &mut mantissas[b * PANEL_BLOCK + i * BLOCK..][..BLOCK];
@@ -60,18 +74,40 @@ simd! {
         d_gate: &mut [i32],
         d_up: &mut [i32],
     ) -> u64 {
-        let n = da.len();
-        let (gate, up, d_gate, d_up) =
-            (&gate[..n], &up[..n], &mut d_gate[..n], &mut d_up[..n]);
         let mut count = 0;
-        for i in 0..n {
-            let sig = sigmoid(gate[i]);
-            let silu = mulsh(gate[i], sig, 16, &mut count);
-            // silu'(g) = sig + silu * (1 - sig)
-            let slope = sig + mulsh(silu, 65536 - sig, 16, &mut count);
-            let du = mulsh(da[i], up[i], 16, &mut count);
-            d_gate[i] = mulsh(du, slope, 16, &mut count);
-            d_up[i] = mulsh(da[i], silu, 16, &mut count);
+        let blocks = da.chunks(BLOCK).zip(gate.chunks(BLOCK)).zip(up.chunks(BLOCK));
+        let outs = d_gate.chunks_mut(BLOCK).zip(d_up.chunks_mut(BLOCK));
+        for (((da, gate), up), (d_gate, d_up)) in blocks.zip(outs) {
+            let (da, gate, up) = (whole(da), whole(gate), whole(up));
+            let sig = sigmoids(&gate);
+            let mut rest = [0; BLOCK];
+            for j in 0..BLOCK {
+                rest[j] = 65536 - sig[j];
+            }
+            let (d, g, u) = (pairs(&da), pairs(&gate), pairs(&up));
+            let (sig_pairs, rest) = (pairs(&sig), pairs(&rest));
+            let (mut x, mut y, mut flags) = ([0; BLOCK / 2], [0; BLOCK / 2], 0);
+            for j in 0..BLOCK / 2 {
+                let silu = mulsh_pair(g[j], sig_pairs[j], 16, &mut flags);
+                // silu'(g) = sig + silu * (1 - sig); neither half overflows below 2^29.
+                let part = mulsh_pair(silu, rest[j], 16, &mut flags);
+                let slope = add_pair(sig_pairs[j], part);
+                let du = mulsh_pair(d[j], u[j], 16, &mut flags);
+                x[j] = mulsh_pair(du, slope, 16, &mut flags);
+                y[j] = mulsh_pair(d[j], silu, 16, &mut flags);
+            }
+            let (mut x, mut y) = (unpairs(&x), unpairs(&y));
+            if could_clamp(flags) {
+                for j in 0..BLOCK {
+                    let silu = mulsh(gate[j], sig[j], 16, &mut count);
+                    let slope = sig[j] + mulsh(silu, 65536 - sig[j], 16, &mut count);
+                    let du = mulsh(da[j], up[j], 16, &mut count);
+                    x[j] = mulsh(du, slope, 16, &mut count);
+                    y[j] = mulsh(da[j], silu, 16, &mut count);
+                }
+            }
+            d_gate.copy_from_slice(&x[..d_gate.len()]);
+            d_up.copy_from_slice(&y[..d_up.len()]);
         }
         count.cast_unsigned()
     }

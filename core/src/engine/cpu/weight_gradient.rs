@@ -62,27 +62,46 @@ pub(super) struct AlongTokens {
 }
 
 simd! {
-    /// The strips of up to 96 columns of one token block of `dy`, distributed to panels.
-    fn pack_group(
+    /// One token block of `dy` (rows, O) distributed to the panels of a chunk of blocks.
+    /// `any` (O, whole groups) is scratch.
+    fn pack_block(
         dy: &[i32],
-        stride: usize,
-        rows: usize,
-        columns: usize,
+        cols: usize,
+        any: &mut [u32],
         mantissas: &mut [i16],
-        mantissa_stride: usize,
         exponents: &mut [i32],
-        exponent_stride: usize,
     ) {
-        let mut strips: [Strip; GROUP / TILE] = [[[0; TILE]; BLOCK / 2]; GROUP / TILE];
-        let mut e = [[ZERO_EXPONENT; TILE]; GROUP / TILE];
-        for (i, (strips, e)) in strips.iter_mut().zip(&mut e).enumerate() {
-            if i * TILE < columns {
-                let width = TILE.min(columns - i * TILE);
-                let x = &dy[i * TILE..];
-                strip(x, stride, rows, width, -GRADIENT_FRACTION, WEIGHT_BITS, strips, e);
+        let rows = dy.len() / cols;
+        // One pass in the order of memory brings the rows near for the passes by columns.
+        any.fill(0);
+        for row in dy.chunks_exact(cols) {
+            for (any, x) in any.iter_mut().zip(row) {
+                *any |= x.unsigned_abs();
             }
         }
-        scatter(&strips, &e, columns, mantissas, mantissa_stride, exponents, exponent_stride);
+        for (group, any) in any.chunks_exact(GROUP).enumerate() {
+            let columns = GROUP.min(cols - group * GROUP);
+            let mut strips: [Strip; GROUP / TILE] = [[[0; TILE]; BLOCK / 2]; GROUP / TILE];
+            let mut e = [[ZERO_EXPONENT; TILE]; GROUP / TILE];
+            for (i, any) in any.as_chunks::<TILE>().0.iter().enumerate() {
+                if i * TILE < columns {
+                    let width = TILE.min(columns - i * TILE);
+                    let x = &dy[group * GROUP + i * TILE..];
+                    let (strips, e) = (&mut strips[i], &mut e[i]);
+                    strip(x, cols, rows, width, any, -GRADIENT_FRACTION, WEIGHT_BITS, strips, e);
+                }
+            }
+            let panel = group * GROUP / PANEL * CHUNK;
+            scatter(
+                &strips,
+                &e,
+                columns,
+                &mut mantissas[panel * PANEL_BLOCK..],
+                CHUNK * PANEL_BLOCK,
+                &mut exponents[panel * PANEL_EXPONENTS..],
+                CHUNK * PANEL_EXPONENTS,
+            );
+        }
     }
 }
 
@@ -128,36 +147,31 @@ simd! {
     }
 }
 
-/// `dy` (N, O) in `FX(20)` as 10-bit left operand: panels of 6 outputs, pairs of tokens.
+/// `dy` (N, O) in `FX(20)` as 10-bit left operand: `[chunk][panel][8 blocks]`, pairs of tokens.
+/// Chunks outermost: a token block is packed to places near one another.
 fn pack_dy(cpu: &Cpu, dy: &Tensor, tokens: &TokenBlocks) -> AlongTokens {
-    let (cols, blocks) = (dy.cols, tokens.blocks.len());
-    let panels = cols.div_ceil(PANEL);
-    let mut out = take(&cpu.pool, panels * blocks * PANEL_BLOCK, panels * blocks * 8, 0);
+    let cols = dy.cols;
+    let chunks = tokens.blocks.len().div_ceil(CHUNK);
+    let chunk_blocks = cols.div_ceil(PANEL) * CHUNK;
+    let n = chunks * chunk_blocks;
+    let mut out = take(&cpu.pool, n * PANEL_BLOCK, n * PANEL_EXPONENTS, 0);
     let (m, e) = (Shared::new(&mut out.mantissas), Shared::new(&mut out.exponents));
-    let groups = cols.div_ceil(GROUP);
-    // An index is a group of outputs: its panels are contiguous.
-    cpu.workers.each(groups, dy.data.len() / 2, |group| {
-        let panel = group * GROUP / PANEL;
-        let count = (GROUP / PANEL).min(panels - panel);
-        // SAFETY: groups have panels of their own.
+    cpu.workers.each(chunks, dy.data.len() / 2, |chunk| {
+        let at = chunk * chunk_blocks;
+        // SAFETY: each chunk is visited once.
         let (m, e) = unsafe {
             (
-                m.part(panel * blocks * PANEL_BLOCK, count * blocks * PANEL_BLOCK),
-                e.part(panel * blocks * PANEL_EXPONENTS, count * blocks * PANEL_EXPONENTS),
+                m.part(at * PANEL_BLOCK, chunk_blocks * PANEL_BLOCK),
+                e.part(at * PANEL_EXPONENTS, chunk_blocks * PANEL_EXPONENTS),
             )
         };
-        for (b, token) in tokens.blocks.iter().enumerate() {
-            pack_group(
-                cpu.path,
-                &dy.data[token.first_row * cols + group * GROUP..],
-                cols,
-                token.rows,
-                GROUP.min(cols - group * GROUP),
-                &mut m[b * PANEL_BLOCK..],
-                blocks * PANEL_BLOCK,
-                &mut e[b * PANEL_EXPONENTS..],
-                blocks * PANEL_EXPONENTS,
-            );
+        // The exponents of the last chunk's missing blocks.
+        e.fill(ZERO_EXPONENT);
+        let mut any = vec![0; cols.next_multiple_of(GROUP)];
+        for (b, token) in tokens.blocks.iter().skip(chunk * CHUNK).take(CHUNK).enumerate() {
+            let dy = &dy.data[token.first_row * cols..(token.first_row + token.rows) * cols];
+            let (m, e) = (&mut m[b * PANEL_BLOCK..], &mut e[b * PANEL_EXPONENTS..]);
+            pack_block(cpu.path, dy, cols, &mut any, m, e);
         }
     });
     out
@@ -205,6 +219,23 @@ pub(super) fn pack_x(cpu: &Cpu, x: &Panels, tokens: &TokenBlocks) -> AlongTokens
     out
 }
 
+simd! {
+    /// `to += from`, over the length of `to`.
+    fn add_totals(to: &mut [i64], from: &[i32]) {
+        if let (Ok(to), Ok(from)) =
+            (<&mut [i64; TILE]>::try_from(&mut *to), <&[i32; TILE]>::try_from(from))
+        {
+            for i in 0..TILE {
+                to[i] += i64::from(from[i]);
+            }
+            return;
+        }
+        for (to, from) in to.iter_mut().zip(from) {
+            *to += i64::from(*from);
+        }
+    }
+}
+
 /// Blocks of a contraction that stay in L1 while panels go by.
 const CHUNK: usize = 8;
 /// Panels that one index computes.
@@ -227,18 +258,19 @@ pub(super) fn add(
         return;
     }
     let a = pack_dy(cpu, dy, tokens);
-    let panel_max: Vec<i32> = a
-        .exponents
-        .chunks_exact(blocks * PANEL_EXPONENTS)
-        .map(|e| e.chunks_exact(PANEL_EXPONENTS).map(|e| e[PANEL]).max().unwrap_or(0))
-        .collect();
+    let mut panel_max = vec![ZERO_EXPONENT; panels];
+    for chunk in a.exponents.chunks_exact(panels * CHUNK * PANEL_EXPONENTS) {
+        for (max, e) in panel_max.iter_mut().zip(chunk.chunks_exact(CHUNK * PANEL_EXPONENTS)) {
+            *max = e.chunks_exact(PANEL_EXPONENTS).fold(*max, |max, e| max.max(e[PANEL]));
+        }
+    }
     let tile_max: Vec<i32> =
         x.block_max.chunks_exact(blocks).map(|e| e.iter().copied().max().unwrap_or(0)).collect();
     let shared = Shared::new(grad);
     let groups = panels.div_ceil(PANELS);
     cpu.workers.each(groups * tiles, panels * tiles * blocks / 16, |i| {
         let (tile, group) = (i / groups, i % groups);
-        let run = Run { cpu, a: &a, x, tokens, tile, count: Count::all(0) };
+        let run = Run { cpu, a: &a, x, tokens, tile, panels, count: Count::all(0) };
         let width = TILE.min(cols - tile * TILE);
         let mut totals = cpu.pool.take::<i32>(PANELS * PANEL * TILE);
         let members = group * PANELS..panels.min((group + 1) * PANELS);
@@ -249,9 +281,7 @@ pub(super) fn add(
                 let at = (panel * PANEL + r) * cols + tile * TILE;
                 // SAFETY: each (panel, tile) belongs to one index.
                 let grad = unsafe { shared.part(at, width) };
-                for (g, t) in grad.iter_mut().zip(&from[r * TILE..]) {
-                    *g += i64::from(*t);
-                }
+                add_totals(cpu.path, grad, &from[r * TILE..(r + 1) * TILE]);
             }
         };
         run.merged(&safe, &panel_max, tile_max[tile], &mut totals, &spill);
@@ -270,6 +300,7 @@ struct Run<'a> {
     x: &'a AlongTokens,
     tokens: &'a TokenBlocks,
     tile: usize,
+    panels: usize,
     count: Count,
 }
 
@@ -279,9 +310,15 @@ impl Run<'_> {
         a + x + bias(SHARE_FRACTION) <= fast_limit(self.cpu.path, self.tokens.longest)
     }
 
+    /// Where a panel's block is in the left operand.
+    fn block(&self, panel: usize, block: usize) -> usize {
+        (block / CHUNK * self.panels + panel) * CHUNK + block % CHUNK
+    }
+
+    /// Blocks `from..from + blocks`, which lie in one chunk.
     fn job(&self, panel: usize, from: usize, blocks: usize, out: &mut [i32]) -> Job {
         let all = self.tokens.blocks.len();
-        let (a, x) = (panel * all + from, self.tile * all + from);
+        let (a, x) = (self.block(panel, from), self.tile * all + from);
         assert!(out.len() >= PANEL * TILE && from + blocks <= all);
         Job {
             a: self.a.mantissas[a * PANEL_BLOCK..].as_ptr(),
@@ -315,7 +352,7 @@ impl Run<'_> {
         let s = 127 - ((max + tile_max + bias(SHARE_FRACTION)) >> EXPONENT_SHIFT);
         let term = if s >= 24 { 1 } else { 1_i64 << (24 - s) };
         let room = usize::try_from(i64::from(i32::MAX) / (term + 1)).unwrap_or(0).max(1);
-        let chunk = CHUNK.min(room);
+        let chunk = if room >= CHUNK { CHUNK } else { 1 };
         totals.fill(0);
         let mut held = 0;
         for from in (0..all).step_by(chunk) {
@@ -343,10 +380,19 @@ impl Run<'_> {
     fn by_segment(&self, panel: usize, spill: &impl Fn(usize, &[i32])) -> u64 {
         let mut events = 0;
         let mut out = [0; PANEL * TILE];
+        let (mut m, mut e) = (Vec::new(), Vec::new());
         for segment in self.tokens.segments.iter().filter(|s| !s.is_empty()) {
+            m.clear();
+            e.clear();
+            for block in segment.clone() {
+                let at = self.block(panel, block);
+                m.extend_from_slice(&self.a.mantissas[at * PANEL_BLOCK..][..PANEL_BLOCK]);
+                let at = at * PANEL_EXPONENTS;
+                e.extend_from_slice(&self.a.exponents[at..at + PANEL_EXPONENTS]);
+            }
             let count = Count::all(segment.len());
             let mut job = self.job(panel, segment.start, segment.len(), &mut out);
-            job.count = &raw const count;
+            (job.a, job.a_exponents, job.count) = (m.as_ptr(), e.as_ptr(), &raw const count);
             // SAFETY: the job covers the segment's blocks of operands, and all of `out`.
             events += unsafe { run(self.cpu.path, Kind::PairsColumns, PANEL, &job) };
             spill(panel, &out);

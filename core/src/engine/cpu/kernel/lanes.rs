@@ -4,12 +4,22 @@ use manyhands_shaders::x1::{LIM, flush};
 
 use super::{EXPONENT_SHIFT, Job, PANEL_BLOCK, PANEL_EXPONENTS, TILE, TILE_BLOCK};
 
+/// 1.5 * 2^23: added to a float below 2^22 it rounds it to an integer, nearest even, and leaves
+/// that integer in the low bits.
+pub(super) const MAGIC: f32 = 12_582_912.0;
+/// What is left above the integer.
+const MAGIC_BITS: i32 = MAGIC.to_bits().cast_signed();
+/// Shifts of 2 and more keep terms below 2^22.
+const MAGIC_LIMIT: i32 = (127 - 2) << EXPONENT_SHIFT;
+
 /// Operations on a vector of `WIDTH` i32 lanes. All wrap.
 pub(super) trait Lanes {
     /// A vector.
     type V: Copy;
     /// Lanes: divides 16.
     const WIDTH: usize;
+    /// Whether [`Self::flush_magic`] is the faster flush.
+    const MAGIC: bool;
     /// All lanes `x`.
     unsafe fn splat(x: i32) -> Self::V;
     /// Loads from any address.
@@ -25,7 +35,10 @@ pub(super) trait Lanes {
     /// `d * scale` to nearest even, where `scale` holds the bits of an f32 power of two and the
     /// result is within [`super::fast_limit`].
     unsafe fn flush(d: Self::V, scale: Self::V) -> Self::V;
-    /// The same for any result, clamped.
+    /// The same plus [`MAGIC_BITS`], for results below 2^22. A multiplication by a power of two is
+    /// exact, so fused or not there is one rounding.
+    unsafe fn flush_magic(d: Self::V, scale: Self::V) -> Self::V;
+    /// The same as [`Self::flush`] for any result, clamped.
     unsafe fn flush_wide(d: Self::V, scale: Self::V) -> Self::V;
 }
 
@@ -55,18 +68,38 @@ pub(super) unsafe fn micro<
                     }
                 }
             }
+            let mut magics = 0_i32;
             for block in 0..job.blocks {
                 let a = job.a.add(block * PANEL_BLOCK);
                 let b = job.b.add(block * TILE_BLOCK + column * 2);
-                let mut d = [[L::splat(0); 2]; ROWS];
-                for p in 0..16 {
-                    let w0 = L::load(b.add(p * 64).cast());
-                    let w1 = L::load(b.add(p * 64 + 2 * L::WIDTH).cast());
+                // Few rows are few chains of dependent sums: each is split to hide their latency.
+                let split = const {
+                    match ROWS {
+                        1 => 4,
+                        2 => 2,
+                        _ => 1,
+                    }
+                };
+                let mut part = [[[L::splat(0); 2]; ROWS]; 4];
+                for p in 0..16 / split {
+                    for k in 0..split {
+                        let p = p * split + k;
+                        let w0 = L::load(b.add(p * 64).cast());
+                        let w1 = L::load(b.add(p * 64 + 2 * L::WIDTH).cast());
+                        for r in 0..ROWS {
+                            let at = if PAIRS { p * 12 + r * 2 } else { r * 32 + p * 2 };
+                            let x = L::splat(a.add(at).cast::<i32>().read_unaligned());
+                            part[k][r][0] = L::dot(part[k][r][0], x, w0);
+                            part[k][r][1] = L::dot(part[k][r][1], x, w1);
+                        }
+                    }
+                }
+                let mut d = part[0];
+                for part in &part[1..split] {
                     for r in 0..ROWS {
-                        let at = if PAIRS { p * 12 + r * 2 } else { r * 32 + p * 2 };
-                        let x = L::splat(a.add(at).cast::<i32>().read_unaligned());
-                        d[r][0] = L::dot(d[r][0], x, w0);
-                        d[r][1] = L::dot(d[r][1], x, w1);
+                        for v in 0..2 {
+                            d[r][v] = L::add(d[r][v], part[r][v]);
+                        }
                     }
                 }
                 let ea = job.a_exponents.add(block * PANEL_EXPONENTS);
@@ -78,9 +111,10 @@ pub(super) unsafe fn micro<
                 } else {
                     [L::splat(*eb); 2]
                 };
-                if !ADD && (*ea.add(6)).wrapping_add(max).wrapping_add(job.bias) > job.limit {
+                let largest = (*ea.add(6)).wrapping_add(max).wrapping_add(job.bias);
+                if !ADD && largest > job.limit {
                     let mut t = [[0_i32; TILE]; ROWS];
-                    let mut largest = 0;
+                    let mut over = 0;
                     for r in 0..ROWS {
                         for v in 0..2 {
                             let e = L::splat((*ea.add(r)).wrapping_add(job.bias));
@@ -89,26 +123,35 @@ pub(super) unsafe fn micro<
                             acc[r][v] = L::add(acc[r][v], x);
                         }
                         let terms = &t[r][..2 * L::WIDTH];
-                        let over = terms.iter().fold(0, |m, x| x.unsigned_abs().max(m));
-                        largest = over.max(largest);
+                        over = terms.iter().fold(over, |m, x| x.unsigned_abs().max(m));
                     }
                     let least = (*job.count).limit.iter().copied().min().unwrap_or(0);
-                    if largest > least.unsigned_abs() {
+                    if over > least.unsigned_abs() {
                         events += count(&t, column, 2 * L::WIDTH, job);
                     }
                 } else {
+                    let magic = L::MAGIC && largest <= MAGIC_LIMIT;
+                    magics = magics.wrapping_add(i32::from(magic));
                     for r in 0..ROWS {
-                        let e = L::splat((*ea.add(r)).wrapping_add(job.bias));
+                        let e = (*ea.add(r)).wrapping_add(job.bias);
+                        let one = L::splat(if COLUMNS { e } else { e.wrapping_add(max) });
                         for v in 0..2 {
-                            let x = L::flush(d[r][v], L::add(e, columns[v]));
-                            acc[r][v] = L::add(acc[r][v], x);
+                            let scale = if COLUMNS { L::add(one, columns[v]) } else { one };
+                            d[r][v] = if magic {
+                                L::flush_magic(d[r][v], scale)
+                            } else {
+                                L::flush(d[r][v], scale)
+                            };
+                            acc[r][v] = L::add(acc[r][v], d[r][v]);
                         }
                     }
                 }
             }
+            let surplus = L::splat(magics.wrapping_mul(MAGIC_BITS).wrapping_neg());
             for r in 0..ROWS {
                 for v in 0..2 {
-                    let x = if ADD { acc[r][v] } else { L::saturate(acc[r][v]) };
+                    let sum = L::add(acc[r][v], surplus);
+                    let x = if ADD { sum } else { L::saturate(sum) };
                     L::store(job.out.add(r * job.stride + column + v * L::WIDTH), x);
                 }
             }
@@ -139,6 +182,7 @@ pub(super) struct Plain;
 impl Lanes for Plain {
     type V = [i32; 4];
     const WIDTH: usize = 4;
+    const MAGIC: bool = true;
 
     #[inline(always)]
     unsafe fn splat(x: i32) -> [i32; 4] {
@@ -178,11 +222,15 @@ impl Lanes for Plain {
 
     #[inline(always)]
     unsafe fn flush(d: [i32; 4], scale: [i32; 4]) -> [i32; 4] {
-        // One rounding, in the addition: the product by a power of two is exact and below 2^22.
-        const MAGIC: f32 = 12_582_912.0;
+        // SAFETY: no memory is accessed.
+        unsafe { Self::flush_magic(d, scale) }.map(|t| t.wrapping_sub(MAGIC_BITS))
+    }
+
+    #[inline(always)]
+    unsafe fn flush_magic(d: [i32; 4], scale: [i32; 4]) -> [i32; 4] {
         std::array::from_fn(|i| {
             let t = d[i] as f32 * f32::from_bits(scale[i].cast_unsigned()) + MAGIC;
-            (t.to_bits().cast_signed()).wrapping_sub(MAGIC.to_bits().cast_signed())
+            t.to_bits().cast_signed()
         })
     }
 

@@ -4,7 +4,7 @@ use std::arch::wasm32::*;
 
 use manyhands_shaders::x1::LIM;
 
-use super::lanes::Lanes;
+use super::lanes::{Lanes, MAGIC};
 use super::{Job, Kind, select};
 
 /// 2^30: what a conversion is clamped to, so that it fits before the exact clamp.
@@ -16,6 +16,7 @@ struct Simd128;
 impl Lanes for Simd128 {
     type V = v128;
     const WIDTH: usize = 4;
+    const MAGIC: bool = true;
 
     #[inline(always)]
     unsafe fn splat(x: i32) -> v128 {
@@ -53,6 +54,11 @@ impl Lanes for Simd128 {
     unsafe fn flush(d: v128, scale: v128) -> v128 {
         let t = f32x4_mul(f32x4_convert_i32x4(d), scale);
         i32x4_trunc_sat_f32x4(f32x4_nearest(t))
+    }
+
+    #[inline(always)]
+    unsafe fn flush_magic(d: v128, scale: v128) -> v128 {
+        f32x4_add(f32x4_mul(f32x4_convert_i32x4(d), scale), f32x4_splat(MAGIC))
     }
 
     #[inline(always)]

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use manyhands_shaders::x1::LIM;
 
-use super::lanes::Lanes;
+use super::lanes::{Lanes, MAGIC};
 use super::{Job, Kind, select};
 
 /// 2^30: what a conversion is clamped to, so that it fits before the exact clamp.
@@ -19,6 +19,7 @@ struct Avx512;
 impl Lanes for Avx512 {
     type V = __m512i;
     const WIDTH: usize = 16;
+    const MAGIC: bool = true;
 
     #[inline(always)]
     unsafe fn splat(x: i32) -> __m512i {
@@ -68,6 +69,15 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn flush_magic(d: __m512i, scale: __m512i) -> __m512i {
+        // SAFETY: see `splat`.
+        unsafe {
+            let (t, scale) = (_mm512_cvtepi32_ps(d), _mm512_castsi512_ps(scale));
+            _mm512_castps_si512(_mm512_fmadd_ps(t, scale, _mm512_set1_ps(MAGIC)))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn flush_wide(d: __m512i, scale: __m512i) -> __m512i {
         // SAFETY: see `splat`.
         unsafe {
@@ -102,6 +112,7 @@ struct Avx2;
 impl Lanes for Avx2 {
     type V = __m256i;
     const WIDTH: usize = 8;
+    const MAGIC: bool = false;
 
     #[inline(always)]
     unsafe fn splat(x: i32) -> __m256i {
@@ -147,6 +158,15 @@ impl Lanes for Avx2 {
         // SAFETY: see `splat`.
         unsafe {
             _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_cvtepi32_ps(d), _mm256_castsi256_ps(scale)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn flush_magic(d: __m256i, scale: __m256i) -> __m256i {
+        // SAFETY: see `splat`.
+        unsafe {
+            let (t, scale) = (_mm256_cvtepi32_ps(d), _mm256_castsi256_ps(scale));
+            _mm256_castps_si256(_mm256_fmadd_ps(t, scale, _mm256_set1_ps(MAGIC)))
         }
     }
 
