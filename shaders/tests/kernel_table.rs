@@ -75,7 +75,8 @@ fn wgsl_every_workgroup_is_within_default_limits() {
     for family in &FAMILIES {
         let (module, info) = validate(family);
         for entry in &module.entry_points {
-            let has_lanes = module.overrides.iter().any(|(_, o)| o.name.as_deref() == Some("LANES"));
+            let has_lanes =
+                module.overrides.iter().any(|(_, o)| o.name.as_deref() == Some("LANES"));
             for lanes in [1.0, 8.0, 64.0, 256.0] {
                 let mut constants = PipelineConstants::default();
                 if has_lanes {
@@ -91,7 +92,8 @@ fn wgsl_every_workgroup_is_within_default_limits() {
                     .global_variables
                     .iter()
                     .filter(|(h, v)| {
-                        v.space == AddressSpace::WorkGroup && !info.get_entry_point(e)[*h].is_empty()
+                        v.space == AddressSpace::WorkGroup
+                            && !info.get_entry_point(e)[*h].is_empty()
                     })
                     .map(|(_, v)| fixed.types[v.ty].inner.size(fixed.to_ctx()))
                     .sum();

@@ -4,6 +4,8 @@
 //! SIMD, `gpu::Gpu` is wgpu. The model ([`crate::model::decoder`]) is written once over
 //! [`Engine`]. Tensors live in the engine; only scalars, sampled tokens and gradients are read.
 
+#[cfg(feature = "gpu")]
+pub mod gpu;
 pub mod twin;
 
 use std::future::Future;
