@@ -1,5 +1,7 @@
 //! One device for a test binary, random inputs that reach the extremes, and traces to compare.
 
+#![allow(dead_code, reason = "each test binary uses a part")]
+
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
@@ -10,16 +12,14 @@ use manyhands_shaders::bfp::padded;
 use manyhands_shaders::x1::LIM;
 use pollster::block_on;
 
-use crate::Scenario;
-
 /// The device of this test binary.
-pub struct Device {
+pub(crate) struct Device {
     /// For tests that make their own pipelines.
-    pub device: wgpu::Device,
+    pub(crate) device: wgpu::Device,
     /// Its queue.
-    pub queue: wgpu::Queue,
+    pub(crate) queue: wgpu::Queue,
     /// An engine on it.
-    pub gpu: Gpu,
+    pub(crate) gpu: Gpu,
 }
 
 fn open() -> Option<Device> {
@@ -37,7 +37,7 @@ fn open() -> Option<Device> {
 }
 
 /// Runs a test on the device, alone.
-pub fn with_device(test: impl FnOnce(&Device)) {
+pub(crate) fn with_device(test: impl FnOnce(&Device)) {
     static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
     static ALONE: Mutex<()> = Mutex::new(());
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -51,16 +51,16 @@ pub fn with_device(test: impl FnOnce(&Device)) {
 }
 
 /// Runs a test on an engine of the device, alone.
-pub fn with_gpu(test: impl FnOnce(&Gpu)) {
+pub(crate) fn with_gpu(test: impl FnOnce(&Gpu)) {
     with_device(|d| test(&d.gpu));
 }
 
 /// SplitMix64.
-pub struct Random(pub u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
     /// 64 random bits.
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
@@ -68,13 +68,13 @@ impl Random {
     }
 
     /// A number below `n`.
-    pub fn below(&mut self, n: usize) -> usize {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
         (self.next() % n as u64) as usize
     }
 
     /// Fixed-point values of up to `bits` bits, of mixed magnitudes, with zeros; with 30 bits also
     /// the extremes.
-    pub fn values(&mut self, count: usize, bits: u32) -> Vec<i32> {
+    pub(crate) fn values(&mut self, count: usize, bits: u32) -> Vec<i32> {
         let mut one = || {
             let u = self.next();
             let spread = bits.saturating_sub((u >> 40) as u32 % 6);
@@ -92,7 +92,7 @@ impl Random {
     }
 
     /// A weight matrix; `extreme` tiles have exponents over the whole range.
-    pub fn tiles(&mut self, rows: usize, cols: usize, extreme: bool) -> Tiles {
+    pub(crate) fn tiles(&mut self, rows: usize, cols: usize, extreme: bool) -> Tiles {
         let weight = |u: u64| (u as i32 >> 8) as f32 * 2_f32.powi(-25 - ((u >> 40) % 8) as i32);
         let weights: Vec<f32> = (0..rows * cols).map(|_| weight(self.next())).collect();
         let mut tiles = Tiles::quantize(&weights, rows, cols);
@@ -107,37 +107,48 @@ impl Random {
 }
 
 /// Random blocks (N, C), the only way to any shape: SwiGLU with gates at which the sigmoid is 1.
-pub fn blocks<E: Engine>(e: &E, r: &mut Random, n: usize, c: usize, bits: u32) -> E::Blocks {
+pub(crate) fn blocks<E: Engine>(e: &E, r: &mut Random, n: usize, c: usize, bits: u32) -> E::Blocks {
     let gate = e.tensor(&vec![1 << 20; n * c], c);
     let up = e.tensor(&r.values(n * c, bits.saturating_sub(4)), c);
     e.swiglu(&[gate, up])
 }
 
+/// A computation over any engine.
+pub(crate) trait Scenario {
+    /// Runs it; `out` keeps what it computed.
+    fn run<E: Engine>(&self, engine: &E, out: &mut Trace) -> impl Future<Output = ()>;
+}
+
 /// Everything that a scenario computed, in order.
 #[derive(Default)]
-pub struct Trace(Vec<(String, Vec<i64>)>);
+pub(crate) struct Trace(Vec<(String, Vec<i64>)>);
 
 impl Trace {
     /// Keeps a tensor.
-    pub async fn tensor<E: Engine>(&mut self, e: &E, name: &str, x: &E::Tensor) {
+    pub(crate) async fn tensor<E: Engine>(&mut self, e: &E, name: &str, x: &E::Tensor) {
         let x = e.read(x).await.expect("read");
         self.0.push((name.into(), x.into_iter().map(i64::from).collect()));
     }
 
     /// Keeps a gradient.
-    pub async fn gradient<E: Engine>(&mut self, e: &E, name: &str, x: &E::Gradient) {
+    pub(crate) async fn gradient<E: Engine>(&mut self, e: &E, name: &str, x: &E::Gradient) {
         self.0.push((name.into(), e.read_gradient(x).await.expect("read")));
     }
 
     /// Keeps and clears the saturation counts.
-    pub async fn saturations<E: Engine>(&mut self, e: &E, name: &str) {
+    pub(crate) async fn saturations<E: Engine>(&mut self, e: &E, name: &str) {
         let counts = e.take_saturations().await.expect("read").0;
         let counts = counts.into_iter().map(u64::cast_signed).collect();
         self.0.push((format!("saturations of {name}"), counts));
     }
 
+    /// Keeps integers.
+    pub(crate) fn integers(&mut self, name: &str, x: Vec<i64>) {
+        self.0.push((name.into(), x));
+    }
+
     /// Keeps statistics and the tokens that they belong to.
-    pub fn stats(&mut self, name: &str, rows: impl Iterator<Item = (u32, RowStats)>) {
+    pub(crate) fn stats(&mut self, name: &str, rows: impl Iterator<Item = (u32, RowStats)>) {
         let row = |(token, s): (u32, RowStats)| {
             let (total, moment) = (s.total.cast_signed(), s.moment.cast_signed());
             [i64::from(token), i64::from(s.t), total, moment, i64::from(s.greedy)]
@@ -147,7 +158,7 @@ impl Trace {
 }
 
 /// Runs a scenario with a fresh tally.
-pub async fn whole<E: Engine>(engine: &E, scenario: &impl Scenario) -> Trace {
+pub(crate) async fn whole<E: Engine>(engine: &E, scenario: &impl Scenario) -> Trace {
     engine.take_saturations().await.expect("read");
     let mut out = Trace::default();
     scenario.run(engine, &mut out).await;
@@ -155,7 +166,7 @@ pub async fn whole<E: Engine>(engine: &E, scenario: &impl Scenario) -> Trace {
 }
 
 /// Compares two traces; prints the first bad index, both values and how many differ.
-pub fn same(name: &str, expected: &Trace, got: &Trace) {
+pub(crate) fn same(name: &str, expected: &Trace, got: &Trace) {
     assert_eq!(expected.0.len(), got.0.len(), "{name}: traces of different lengths");
     for ((what, x), (_, y)) in expected.0.iter().zip(&got.0) {
         assert_eq!(x.len(), y.len(), "{name}, {what}: lengths");
