@@ -7,4 +7,5 @@
 pub mod bfp;
 pub mod tables;
 pub mod twin;
+pub mod wgsl;
 pub mod x1;

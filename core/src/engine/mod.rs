@@ -5,6 +5,8 @@
 //! [`Engine`]. Tensors live in the engine; only scalars, sampled tokens and gradients are read.
 
 pub mod cpu;
+#[cfg(feature = "gpu")]
+pub mod gpu;
 pub mod twin;
 
 use std::future::Future;
