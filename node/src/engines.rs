@@ -1,11 +1,16 @@
 //! Which engine runs: the CPU, or a graphics adapter that has proved itself.
 
+use std::sync::Arc;
+use std::time::Instant;
+
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use manyhands_core::conformance::suite;
+use manyhands_core::engine::Constants;
 use manyhands_core::engine::cpu::Cpu;
-use manyhands_core::engine::gpu::Gpu;
-use manyhands_core::engine::{Constants, Engine};
+use manyhands_core::engine::gpu::{Gpu, Profile};
+
+use crate::tuning;
 
 /// Choice of engine on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -33,7 +38,7 @@ pub enum AnyEngine {
     /// The CPU engine.
     Cpu(Box<Cpu>),
     /// The wgpu engine.
-    Gpu(Box<Gpu>),
+    Gpu(Box<Gpu>, String),
 }
 
 /// Runs `$body` with `$engine` bound to the concrete engine.
@@ -42,7 +47,7 @@ macro_rules! with_engine {
     ($any:expr, |$engine:ident| $body:expr) => {
         match $any {
             $crate::engines::AnyEngine::Cpu($engine) => $body,
-            $crate::engines::AnyEngine::Gpu($engine) => $body,
+            $crate::engines::AnyEngine::Gpu($engine, _) => $body,
         }
     };
 }
@@ -52,7 +57,7 @@ impl AnyEngine {
     pub fn describe(&self) -> String {
         match self {
             Self::Cpu(cpu) => format!("cpu ({}, {} threads)", cpu.path(), cpu.threads()),
-            Self::Gpu(gpu) => format!("wgpu ({})", gpu.adapter_name()),
+            Self::Gpu(gpu, name) => format!("wgpu ({name}, {:?})", gpu.matmul_variant()),
         }
     }
 }
@@ -81,9 +86,15 @@ pub fn adapters() -> Vec<wgpu::Adapter> {
 
 /// Opens an adapter for a model.
 pub fn open_gpu(adapter: &wgpu::Adapter, constants: Constants) -> Result<Gpu> {
-    let name = adapter.get_info().name;
-    pollster::block_on(Gpu::open(adapter, constants))
-        .with_context(|| format!("cannot open the adapter {name}"))
+    let info = adapter.get_info();
+    let open = || -> Result<Gpu> {
+        let (device, queue) = pollster::block_on(Gpu::request_device(adapter))?;
+        let gpu = Gpu::new(device, queue, Profile::of(&info), constants)?;
+        let started = Instant::now();
+        gpu.set_clock(Arc::new(move || started.elapsed().as_secs_f64() * 1e3));
+        Ok(gpu)
+    };
+    open().with_context(|| format!("cannot open the adapter {}", info.name))
 }
 
 /// The engine for a model with these constants. An adapter that fails the suite is never used.
@@ -103,7 +114,8 @@ pub fn choose(choice: EngineChoice, threads: usize, constants: Constants) -> Res
         let probe = open_gpu(&adapter, suite::constants())?;
         let outcome = pollster::block_on(suite::run(&probe))?;
         if outcome.passes() {
-            return Ok(AnyEngine::Gpu(Box::new(open_gpu(&adapter, constants)?)));
+            tuning::pick(&probe, &info)?;
+            return Ok(AnyEngine::Gpu(Box::new(probe.for_model(constants)?), info.name));
         }
         eprintln!(
             "warning: {} does not compute the right bits ({} differs) and is not used; `manyhands doctor` tells more",
@@ -117,9 +129,4 @@ pub fn choose(choice: EngineChoice, threads: usize, constants: Constants) -> Res
         );
     }
     cpu(constants)
-}
-
-/// Runs the conformance suite on an engine built for [`suite::constants`].
-pub fn conformance<E: Engine>(engine: &E) -> Result<suite::Outcome> {
-    Ok(pollster::block_on(suite::run(engine))?)
 }

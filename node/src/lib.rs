@@ -14,4 +14,5 @@ pub mod plot;
 pub mod sample;
 pub mod store;
 pub mod train;
+pub mod tuning;
 pub mod view;

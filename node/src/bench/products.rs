@@ -4,12 +4,12 @@ use std::path::Path;
 
 use anyhow::Result;
 use manyhands_core::engine::cpu::{self, Cpu};
-use manyhands_core::engine::gpu::MatmulVariant;
+use manyhands_core::engine::gpu::{MatmulVariant, TimedProduct};
 use manyhands_core::engine::{Constants, Engine, Tiles};
 use manyhands_core::model::config::ModelConfig;
 
 use super::{Row, Table, median, median_seconds, peers};
-use crate::engines;
+use crate::{engines, tuning};
 
 /// M x N x K: squares, and the products of transformers at several row counts.
 const SHAPES: [[usize; 3]; 8] = [
@@ -124,4 +124,31 @@ fn row(
 pub(super) fn ceiling(threads: usize, rows: usize, width: usize) -> f64 {
     let shape = [rows, width, width];
     operations(shape) / product(threads, cpu::Path::best(), shape)
+}
+
+/// Every adapter's product kernels, against the best plain f32 product in WGSL.
+pub(super) fn wgpu(table: &mut Table, rounds: usize) -> Result<()> {
+    for adapter in engines::adapters() {
+        let name = adapter.get_info().name;
+        let gpu = engines::open_gpu(&adapter, constants(256))?;
+        for shape in WGPU_SHAPES {
+            let products = MatmulVariant::ALL.map(TimedProduct::Exact);
+            let products: Vec<_> = [TimedProduct::PlainF32].into_iter().chain(products).collect();
+            let mut times = vec![Vec::new(); products.len()];
+            for _ in 0..rounds {
+                for (product, times) in products.iter().zip(&mut times) {
+                    times.push(tuning::seconds(&gpu, *product, shape, 2)?);
+                }
+            }
+            let medians: Vec<f64> = times.into_iter().map(median).collect();
+            for (product, seconds) in products.iter().zip(&medians) {
+                let (note, ratio) = match product {
+                    TimedProduct::PlainF32 => ("not exact".to_string(), None),
+                    TimedProduct::Exact(v) => (format!("{v:?}"), Some(medians[0] / seconds)),
+                };
+                row(table, shape, 0, "wgpu", &name, *seconds, ratio, &note);
+            }
+        }
+    }
+    Ok(())
 }
