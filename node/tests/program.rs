@@ -1,5 +1,7 @@
 //! The program as a user meets it: real processes, killed, interrupted, fed with broken files.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

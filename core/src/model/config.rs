@@ -169,7 +169,7 @@ impl ModelConfig {
     pub fn multiply_adds(&self, context: usize) -> u64 {
         let matrices: usize = crate::model::weights::shapes(self)
             .iter()
-            .filter(|s| s.rows > 1 && !(s.name == "embedding" && !self.tied))
+            .filter(|s| s.rows > 1 && (self.tied || s.name != "embedding"))
             .map(|s| s.rows * s.cols)
             .sum();
         (matrices + self.layers * 2 * context * self.attention_width()) as u64

@@ -190,8 +190,8 @@ impl State {
             step: self.step,
             moment_step: self.optimizer.moment_step,
             update_count: self.optimizer.update_count,
-            entropy_band: self.entropy_band.clone(),
-            reset: self.reset.clone(),
+            entropy_band: self.entropy_band,
+            reset: self.reset,
             pending: self.pending.clone(),
             evaluations: self.evaluations.clone(),
         };
