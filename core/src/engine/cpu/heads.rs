@@ -219,7 +219,8 @@ pub(super) fn forward(
                 let (cos, sin) = (&rope.cos[at..at + rope.half], &rope.sin[at..at + rope.half]);
                 for h in 0..c.heads {
                     let x = &q.data[(row * c.heads + h) * d..][..d];
-                    let (canonical, e, n) = vector(cpu.path, x, cos, sin, ACTIVATION_BITS, scratch, m);
+                    let (canonical, e, n) =
+                        vector(cpu.path, x, cos, sin, ACTIVATION_BITS, scratch, m);
                     count += n;
                     let r = i * group + h % group;
                     let panel =

@@ -13,9 +13,9 @@ use super::buffer::Buffer;
 use super::kernel::{PANEL, PANEL_BLOCK, PANEL_EXPONENTS};
 use super::operands::Panels;
 use super::path::simd;
+use super::quantize::{self, whole};
 use super::scalar::{could_clamp, mulsh, mulsh_pair, mulsh_wide, pairs, sat, unpairs};
 use super::workers::Shared;
-use super::quantize::{self, whole};
 use super::{Cpu, Tensor};
 
 /// What RMSNorm keeps for its backward pass.

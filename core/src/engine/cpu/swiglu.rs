@@ -7,10 +7,10 @@ use manyhands_shaders::twin::{ACTIVATION_FRACTION, Site};
 use super::kernel::{PANEL, PANEL_BLOCK, PANEL_EXPONENTS};
 use super::operands::Panels;
 use super::path::simd;
+use super::quantize::{self, whole};
 use super::scalar::{add_pair, could_clamp, mulsh, mulsh_pair, pairs, unpairs};
 use super::tables::sigmoid;
 use super::workers::Shared;
-use super::quantize::{self, whole};
 use super::{Cpu, Tensor};
 
 /// [`sigmoid`] of a block, as a loop: `map` would be compiled apart, without SIMD.
