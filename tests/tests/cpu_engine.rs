@@ -18,7 +18,7 @@ use pollster::block_on;
 /// Named outputs of a program.
 type Record = Vec<(String, Vec<i64>)>;
 
-/// SplitMix64.
+/// The `SplitMix64` generator.
 struct Random(u64);
 
 impl Random {
@@ -159,7 +159,7 @@ fn config(
         context: 160,
         rope_base: 10_000.0,
         rms_epsilon: 1e-5,
-        tied: layers % 2 == 0,
+        tied: layers.is_multiple_of(2),
     }
 }
 
@@ -170,7 +170,7 @@ fn batch(lengths: &[usize], vocabulary: usize, random: &mut Random) -> Batch {
         let tokens: Vec<u32> = (0..n).map(|_| random.below(vocabulary) as u32).collect();
         out.push((i * 2 + 1) % lengths.len().max(1), 0, &tokens);
     }
-    if lengths.len() % 2 == 0 {
+    if lengths.len().is_multiple_of(2) {
         for (i, s) in out.segments.iter_mut().enumerate() {
             s.slot = lengths.len() - 1 - i;
         }
@@ -342,6 +342,55 @@ fn cpu_engine_ordinary_values_equal_the_twin() {
             seed,
         };
         check(&format!("case {i}"), &constants, &case);
+    }
+}
+
+/// Contractions of more than 256 blocks, whose terms have less room.
+#[test]
+fn cpu_engine_long_contractions_equal_the_twin() {
+    for (i, (bits, weight_scale)) in [(17, 0.1), (23, 1.0), (26, 4.0)].into_iter().enumerate() {
+        let config = config(32, 2, 1, 16, 8320, 33, 1);
+        let constants = config.constants();
+        let case = Ops {
+            config,
+            lengths: vec![4, 3],
+            bits,
+            gradient_bits: bits,
+            weight_scale,
+            wild: false,
+            seed: 300 + i as u64,
+        };
+        check(&format!("long contraction {i}"), &constants, &case);
+    }
+}
+
+/// Shapes, lengths and magnitudes at random.
+#[test]
+fn cpu_engine_random_shapes_equal_the_twin() {
+    for seed in 0..24 {
+        let mut r = Random(1000 + seed);
+        let kv_heads = 1 + r.below(3);
+        let config = config(
+            16 + r.below(90),
+            kv_heads * (1 + r.below(3)),
+            kv_heads,
+            2 * (1 + r.below(36)),
+            16 + r.below(120),
+            2 + r.below(100),
+            1,
+        );
+        let lengths: Vec<usize> = (0..1 + r.below(5)).map(|_| 1 + r.below(70)).collect();
+        let constants = config.constants();
+        let case = Ops {
+            config,
+            lengths,
+            bits: 10 + r.below(20) as u32,
+            gradient_bits: 8 + r.below(22) as u32,
+            weight_scale: [0.02, 0.3, 3.0][r.below(3)],
+            wild: r.below(4) == 0,
+            seed,
+        };
+        check(&format!("random case {seed}"), &constants, &case);
     }
 }
 

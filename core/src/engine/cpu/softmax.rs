@@ -9,6 +9,20 @@ use super::path::simd;
 use super::scalar::{length_field, mulsh_wide, shift};
 use super::tables::{distance, exp2n};
 
+/// The largest of a block, by halves: a chain of 32 comparisons would not vectorise.
+#[inline(always)]
+fn largest(x: &[i32; BLOCK]) -> i32 {
+    let mut x = *x;
+    let mut n = BLOCK / 2;
+    while n > 0 {
+        for i in 0..n {
+            x[i] = x[i].max(x[i + n]);
+        }
+        n /= 2;
+    }
+    x[0]
+}
+
 simd! {
     /// Scores of the first `n` keys to probabilities in Q24, in place; zeros after them.
     /// `s` is of whole blocks of 32.
@@ -51,10 +65,11 @@ simd! {
         const BITS: i32 = ACTIVATION_BITS as i32;
         const MAX: i32 = (1 << (BITS - 1)) - 1;
         for (b, (p, e)) in p.as_chunks::<BLOCK>().0.iter().zip(e.as_chunks::<BLOCK>().0).enumerate() {
-            let mut top = 0;
+            let mut fields = [0; BLOCK];
             for i in 0..BLOCK {
-                top = top.max(((p[i] as f32).to_bits().cast_signed() >> 23) + e[i]);
+                fields[i] = ((p[i] as f32).to_bits().cast_signed() >> 23) + e[i];
             }
+            let top = largest(&fields);
             let m = &mut mantissas[b * PANEL_BLOCK + at * BLOCK..][..BLOCK];
             let to = &mut exponents[b * PANEL_EXPONENTS + at];
             if top < ZERO_FIELD {
@@ -86,10 +101,11 @@ simd! {
     ) {
         let max = (1 << (bits - 1)) - 1;
         for (b, (x, e)) in x.as_chunks::<BLOCK>().0.iter().zip(e.as_chunks::<BLOCK>().0).enumerate() {
-            let mut top = 0;
+            let mut fields = [0; BLOCK];
             for i in 0..BLOCK {
-                top = top.max(length_field(x[i]) + e[i]);
+                fields[i] = length_field(x[i]) + e[i];
             }
+            let top = largest(&fields);
             let m = &mut mantissas[b * PANEL_BLOCK + at * BLOCK..][..BLOCK];
             let to = &mut exponents[b * PANEL_EXPONENTS + at];
             if top < ZERO_FIELD {
