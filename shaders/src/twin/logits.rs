@@ -45,8 +45,8 @@ pub fn temperature_scale(temperature: f64) -> i32 {
     (std::f64::consts::LOG2_E / temperature * 16_777_216.0).round_ties_even() as i32
 }
 
-/// (t, e) of every logit of a row, given the row's maximum.
-fn weights(logits: &[i32], scale: i32) -> impl Iterator<Item = (i32, i32)> {
+/// `(t, e)` of every logit of a row: distance from the largest, and sampling weight in Q23.
+pub fn weights(logits: &[i32], scale: i32) -> impl Iterator<Item = (i32, i32)> {
     let max = logits.iter().copied().max().unwrap_or(0);
     logits.iter().map(move |&x| {
         let t = mulsh(max - x, scale, 24).min(T_MAX);
