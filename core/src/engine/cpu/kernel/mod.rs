@@ -117,7 +117,7 @@ pub(crate) const fn fast_limit(path: Path, blocks: usize) -> i32 {
     while s < 2 && SUM_MAX << (2 - s) > limit << 2 {
         s += 1;
     }
-    while (SUM_MAX >> s) + 1 > limit && s > 1 {
+    while s > 1 && (SUM_MAX >> s) + 1 > limit {
         s += 1;
     }
     if matches!(path, Path::Portable) && s < 2 {
