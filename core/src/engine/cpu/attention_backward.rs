@@ -10,15 +10,17 @@ use manyhands_shaders::bfp::{ACTIVATION_BITS, BLOCK, WEIGHT_BITS};
 use manyhands_shaders::twin::{ACTIVATION_FRACTION, GRADIENT_FRACTION, Segment, Site};
 
 use super::attention::{NO_EXPONENT, causal};
+use super::attention_loops::{
+    interleave, pack_columns, pack_square, rotate_back, scale, softmax_gradient, transpose,
+};
 use super::buffer::Buffer;
-use super::heads::{Cache, HEAD_MAX, Queries, head_blocks, rotate, segment_panels};
+use super::heads::{Cache, HEAD_MAX, Queries, head_blocks, segment_panels};
 use super::kernel::{
     Count, Job, Kind, PANEL, PANEL_BLOCK, PANEL_EXPONENTS, TILE, TILE_BLOCK, ZERO_EXPONENT, bias,
     fast_limit, run,
 };
-use super::pack::{GROUP, Strip, magnitudes, scatter, strip, strip_folded};
-use super::path::{Path, simd};
-use super::scalar::{mulsh_wide, sat};
+use super::pack::GROUP;
+use super::path::Path;
 use super::softmax::{fold, probabilities};
 use super::workers::Shared;
 use super::{Cpu, Tensor, quantize};
@@ -79,132 +81,6 @@ struct Counts {
     matmul: u64,
     attention: u64,
     rope: u64,
-}
-
-simd! {
-    /// One row of `dS` from `dP` in place, over whole blocks; `p` is zero beyond the diagonal.
-    /// Returns the number of clamps.
-    fn softmax_gradient(dp: &mut [i32], p: &[i32]) -> u64 {
-        let p = &p[..dp.len()];
-        let mut count = 0;
-        let mut mean = 0_i64;
-        for (&d, &p) in dp.iter().zip(p) {
-            mean += mulsh_wide(d, p, 24);
-        }
-        let mean = sat(mean, &mut count);
-        for (d, &p) in dp.iter_mut().zip(p) {
-            *d = sat(mulsh_wide(d.wrapping_sub(mean), p, 24), &mut count);
-        }
-        count.cast_unsigned()
-    }
-}
-
-simd! {
-    /// A block of 32 rows of up to 96 columns of `x` (rows, columns) as panels in pairs, with one
-    /// exponent. Strips above the diagonal (column tile after `row_tile`) are zeros.
-    fn pack_square(
-        x: &[i32],
-        stride: usize,
-        rows: usize,
-        first: usize,
-        row_tile: usize,
-        columns: usize,
-        mantissas: &mut [i16],
-        mantissa_stride: usize,
-        exponents: &mut [i32],
-        exponent_stride: usize,
-        folded: Option<&[i32]>,
-        e: i32,
-        bits: u32,
-    ) {
-        let mut strips: [Strip; GROUP / TILE] = [[[0; TILE]; BLOCK / 2]; GROUP / TILE];
-        let mut es = [[ZERO_EXPONENT; TILE]; GROUP / TILE];
-        for (i, (strips, es)) in strips.iter_mut().zip(&mut es).enumerate() {
-            let from = first + i * TILE;
-            if from < first + columns && from / TILE <= row_tile {
-                let x = &x[from..];
-                match folded {
-                    None => {
-                        let any = magnitudes(x, stride, rows, TILE);
-                        strip(x, stride, rows, TILE, &any, e, bits, strips, es);
-                    }
-                    Some(f) => {
-                        strip_folded(x, stride, f, TILE, bits, strips, es);
-                        for es in es.iter_mut() {
-                            if *es != ZERO_EXPONENT {
-                                *es += e << super::kernel::EXPONENT_SHIFT;
-                            }
-                        }
-                    }
-                }
-            }
-        }
-        scatter(&strips, &es, columns, mantissas, mantissa_stride, exponents, exponent_stride);
-    }
-}
-
-simd! {
-    /// 32 columns of up to 32 rows as a tile's block; returns its largest exponent.
-    fn pack_columns(
-        x: &[i32],
-        stride: usize,
-        rows: usize,
-        width: usize,
-        to: &mut [i16],
-        exponents: &mut [i32; TILE],
-    ) -> i32 {
-        let mut out: Strip = [[0; TILE]; BLOCK / 2];
-        let any = magnitudes(x, stride, rows, width);
-        let out_ref = &mut out;
-        strip(x, stride, rows, width, &any, -GRADIENT_FRACTION, WEIGHT_BITS, out_ref, exponents);
-        for (to, x) in to.as_chunks_mut::<2>().0.iter_mut().zip(out.as_flattened()) {
-            *to = [*x as i16, (*x >> 16) as i16];
-        }
-        exponents.iter().copied().max().unwrap_or(ZERO_EXPONENT)
-    }
-}
-
-simd! {
-    /// `x = mulsh(x, inverse_root, 24)`: no clamp is possible.
-    fn scale(x: &mut [i32], inverse_root: i32) {
-        for x in x {
-            *x = mulsh_wide(*x, inverse_root, 24) as i32;
-        }
-    }
-}
-
-simd! {
-    /// Rotates `x` (D) back, in place; the number of clamps.
-    fn rotate_back(x: &mut [i32], cos: &[i32], sin: &[i32]) -> u64 {
-        let mut count = 0;
-        let mut out = [0; HEAD_MAX];
-        let out = &mut out[..x.len()];
-        rotate(x, cos, sin, -1, out, &mut count);
-        x.copy_from_slice(out);
-        count.cast_unsigned()
-    }
-}
-
-/// Swaps the roles of keys and channels in a 32x32 tile of pairs: a transposition of 2x2 squares,
-/// and of each square.
-fn transpose(from: &[i16], to: &mut [i16]) {
-    let (from, to) = (from.as_chunks::<4>().0, to.as_chunks_mut::<4>().0);
-    for i in 0..TILE / 2 {
-        for j in 0..TILE / 2 {
-            let [a, b, c, d] = from[j * (TILE / 2) + i];
-            to[i * (TILE / 2) + j] = [a, c, b, d];
-        }
-    }
-}
-
-simd! {
-    /// Interleaves two lines.
-    fn interleave(low: &[i16; BLOCK], high: &[i16; BLOCK], to: &mut [i16]) {
-        let (to, _) = to.as_chunks_mut::<2>();
-        for i in 0..BLOCK {
-            to[i] = [low[i], high[i]];
-        }
-    }
 }
 
 /// Gradients of queries (N, H D), keys and values (N, K D) before rotation.

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 struct Line([u8; 64]);
 
 /// Buffers that wait for reuse; beyond this many the oldest is freed.
-const WAITING_MAX: usize = 256;
+const WAITING_MAX: usize = 2048;
 
 /// Dropped buffers of one engine.
 #[derive(Default)]

@@ -11,6 +11,7 @@
 
 mod attention;
 mod attention_backward;
+mod attention_loops;
 mod buffer;
 mod embedding;
 pub mod gemm;
