@@ -22,7 +22,8 @@ pub(crate) struct Device {
     pub(crate) gpu: Gpu,
 }
 
-fn open() -> Option<Device> {
+/// A new device on the first adapter.
+pub(crate) fn open() -> Option<Device> {
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
     let adapter =
         block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default())).ok()?;

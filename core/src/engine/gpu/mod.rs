@@ -220,7 +220,7 @@ impl Gpu {
     }
 
     /// Runs `repeats` products (M, K) x (N, K) and waits for them, for the caller to time: the first
-    /// call compiles. M, N and K are rounded up to whole blocks.
+    /// call compiles. N and K are rounded up to whole blocks, and M too for the f32 kernel.
     pub async fn run_product(
         &self,
         product: TimedProduct,
@@ -229,7 +229,10 @@ impl Gpu {
     ) -> Result<(), EngineError> {
         // Columns of the f32 kernel come in groups; 32 holds a group of any software adapter.
         let cols_group = (BLOCKED_COLS * self.recorder.lanes).max(BLOCK as u32) as usize;
-        let m = m.next_multiple_of(BLOCKED_ROWS as usize);
+        let m = match product {
+            TimedProduct::Exact(_) => m,
+            TimedProduct::PlainF32 => m.next_multiple_of(BLOCKED_ROWS as usize),
+        };
         let (n, k) = (n.next_multiple_of(cols_group), k.next_multiple_of(BLOCK));
         let out = self.empty(m, n);
         match product {
