@@ -163,7 +163,7 @@ impl Scenario for Attend {
         let c = e.constants().attention.clone();
         let (q_width, kv_width) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let mut r = Random(self.lengths.iter().sum::<usize>() as u64 + u64::from(self.bits));
-        let capacity = self.lengths.iter().max().unwrap() + 2;
+        let capacity = self.lengths.iter().max().expect("not empty") + 2;
         let mut cache = e.cache(self.lengths.len(), capacity);
         let w = e.weight(&r.tiles(7, q_width, false));
         let mut qkv = |e: &E, rows: usize| {
@@ -280,12 +280,12 @@ impl Scenario for AtLogits {
         for bits in [4, 17, 20, 30] {
             let mut x = r.values(n * v, bits);
             // Ties for the largest logit: the lowest token must win.
-            x[v - 1] = x[..v].iter().copied().max().unwrap();
+            x[v - 1] = x[..v].iter().copied().max().expect("not empty");
             let x = e.tensor(&x, v);
             let targets: Vec<u32> = (0..n).map(|_| r.below(v) as u32).collect();
             out.stats(
                 "stats",
-                e.stats(&x, &targets, scale).await.unwrap().into_iter().map(|s| (0, s)),
+                e.stats(&x, &targets, scale).await.expect("read").into_iter().map(|s| (0, s)),
             );
             let draw = |i: usize, r: &mut Random| match i % 5 {
                 0 => None,
@@ -294,7 +294,7 @@ impl Scenario for AtLogits {
                 _ => Some(r.next()),
             };
             let draws: Vec<Option<u64>> = (0..n).map(|i| draw(i, &mut r)).collect();
-            out.stats("sample", e.sample(&x, &draws, scale).await.unwrap().into_iter());
+            out.stats("sample", e.sample(&x, &draws, scale).await.expect("read").into_iter());
             let limits = [(0, 0), (1 << 16, 0), (-(1 << 20), 1 << 14), (LIM, -LIM), (0, 1 << 16)];
             let rows: Vec<SeedRow> = (0..n)
                 .map(|i| SeedRow {

@@ -56,7 +56,7 @@ pub(crate) fn with_gpu(test: impl FnOnce(&Gpu)) {
     with_device(|d| test(&d.gpu));
 }
 
-/// SplitMix64.
+/// `SplitMix64`.
 pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
