@@ -170,7 +170,7 @@ fn quantize_group(o: Query, first: u32) {
             block_exponent[i] = value_exponents[key] - 24;
         }
     }
-    let exponent = quantize_block(ACTIVATION_BITS);
+    let exponent = quantize_mixed_block(ACTIVATION_BITS);
     for (var i = 0u; i < 16u; i++) {
         scores[o.at + first + i] = bitcast<i32>(block_words[i]);
     }

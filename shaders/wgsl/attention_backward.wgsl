@@ -109,7 +109,7 @@ fn scores(
 }
 
 fn write(at: u32, bits: u32) {
-    exponents[at] = quantize_block(bits);
+    exponents[at] = quantize_mixed_block(bits);
     for (var i = 0u; i < 16u; i++) {
         words[at * 16u + i] = block_words[i];
     }

@@ -46,12 +46,11 @@ fn rows(
     let first = (id % p.col_blocks) * 32u;
     for (var i = 0u; i < 32u; i++) {
         block[i] = 0;
-        block_exponent[i] = -p.fraction;
         if (first + i < p.cols) {
             block[i] = x[row * p.cols + first + i];
         }
     }
-    write(id);
+    write(id, quantize_block(p.bits, p.fraction));
 }
 
 @compute @workgroup_size(LANES)
@@ -68,12 +67,11 @@ fn tokens(
     let tokens = token_blocks[id / p.cols];
     for (var i = 0u; i < 32u; i++) {
         block[i] = 0;
-        block_exponent[i] = -p.fraction;
         if (i < tokens.y) {
             block[i] = x[(tokens.x + i) * p.cols + col];
         }
     }
-    write(col * p.token_blocks + id / p.cols);
+    write(col * p.token_blocks + id / p.cols, quantize_block(p.bits, p.fraction));
 }
 
 @compute @workgroup_size(LANES)
@@ -98,11 +96,11 @@ fn tokens_blocks(
             block_exponent[i] = source_exponents[row * p.col_blocks + col / 32u];
         }
     }
-    write(col * p.token_blocks + id / p.cols);
+    write(col * p.token_blocks + id / p.cols, quantize_mixed_block(p.bits));
 }
 
-fn write(at: u32) {
-    exponents[at] = quantize_block(p.bits);
+fn write(at: u32, exponent: i32) {
+    exponents[at] = exponent;
     for (var i = 0u; i < 16u; i++) {
         words[at * 16u + i] = block_words[i];
     }
