@@ -9,6 +9,7 @@ use manyhands_core::engine::gpu::{Gpu, Profile};
 use manyhands_core::engine::{Engine, RowStats, Tiles};
 use manyhands_core::model::config::ModelConfig;
 use manyhands_shaders::bfp::padded;
+use manyhands_shaders::twin::SITE_COUNT;
 use manyhands_shaders::x1::LIM;
 use pollster::block_on;
 
@@ -155,6 +156,17 @@ impl Trace {
             [i64::from(token), i64::from(s.t), total, moment, i64::from(s.greedy)]
         };
         self.0.push((name.into(), rows.flat_map(row).collect()));
+    }
+}
+
+impl Trace {
+    /// The saturation counts of the whole trace, added up by site.
+    pub(crate) fn total_saturations(&self) -> Vec<i64> {
+        let mut out = vec![0; SITE_COUNT];
+        for (_, counts) in self.0.iter().filter(|(name, _)| name.starts_with("saturations of")) {
+            out.iter_mut().zip(counts).for_each(|(a, b)| *a += b);
+        }
+        out
     }
 }
 
