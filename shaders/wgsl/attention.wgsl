@@ -35,9 +35,9 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(3) var<storage, read> q_words: array<u32>;
+@group(0) @binding(3) var<storage, read> q_words: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read> q_exponents: array<i32>;
-@group(0) @binding(5) var<storage, read> keys: array<u32>;
+@group(0) @binding(5) var<storage, read> keys: array<vec4<u32>>;
 @group(0) @binding(6) var<storage, read> key_exponents: array<i32>;
 @group(0) @binding(7) var<storage, read> rows: array<Row>;
 @group(0) @binding(8) var<storage, read_write> scores: array<i32>;
@@ -79,17 +79,18 @@ fn ordered(x: i32) -> u32 {
 fn score_keys(o: Query, lane: u32) -> u32 {
     var count = 0u;
     let vector = o.row * p.all_heads + o.head;
-    let q = vector * p.words;
+    let quads = p.words / 4u;
+    let q = vector * quads;
     let fraction = q_exponents[vector] + ACTIVATION_FRACTION;
     var best = 0u;
     for (var j = lane; j < o.keys; j += LANES) {
         let key = (o.first_key + j) * p.kv_heads + o.kv_head;
         let shift = -(fraction + key_exponents[key]);
         var sum = 0u;
-        for (var w = 0u; w < p.words; w += 16u) {
+        for (var w = 0u; w < quads; w += 4u) {
             var d = 0;
-            for (var i = w; i < w + 16u; i++) {
-                d += pair_dot(q_words[q + i], keys[key * p.words + i]);
+            for (var i = w; i < w + 4u; i++) {
+                d += dot8(unpack(q_words[q + i]), unpack(keys[key * quads + i]));
             }
             let t = flush(d, shift);
             count += select(0u, 1u, abs(t) > p.score_limit);

@@ -44,6 +44,9 @@ struct Params {
 @group(0) @binding(5) var<storage, read> left_exponents: array<i32>;
 @group(0) @binding(6) var<storage, read> right: array<u32>;
 @group(0) @binding(7) var<storage, read> right_exponents: array<i32>;
+// The same, four words at a time.
+@group(0) @binding(4) var<storage, read> left_quads: array<vec4<u32>>;
+@group(0) @binding(6) var<storage, read> right_quads: array<vec4<u32>>;
 @group(0) @binding(8) var<storage, read> weights: array<i32>;
 @group(0) @binding(9) var<storage, read_write> ds: array<i32>;
 @group(0) @binding(4) var<storage, read> x: array<i32>;
@@ -78,8 +81,9 @@ fn scores(
         var sum = 0u;
         for (var b = 0u; b < blocks; b++) {
             var d = 0;
-            for (var i = b * 16u; i < b * 16u + 16u; i++) {
-                d += pair_dot(left[vector * p.words + i], right[key * p.words + i]);
+            for (var i = b * 4u; i < b * 4u + 4u; i++) {
+                let x = unpack(left_quads[vector * blocks * 4u + i]);
+                d += dot8(x, unpack(right_quads[key * blocks * 4u + i]));
             }
             let e = left_exponents[vector * blocks + b] + right_exponents[key];
             let t = flush(d, -(e + GRADIENT_FRACTION));
@@ -202,8 +206,8 @@ fn value_gradient(
         let at = vector * (p.keys / 32u) + b;
         let origin = channel * p.token_blocks + info.first_block + b;
         var d = 0;
-        for (var i = 0u; i < 16u; i++) {
-            d += pair_dot(left[at * 16u + i], right[origin * 16u + i]);
+        for (var i = 0u; i < 4u; i++) {
+            d += dot8(unpack(left_quads[at * 4u + i]), unpack(right_quads[origin * 4u + i]));
         }
         let t = flush(d, -(left_exponents[at] + right_exponents[origin] + GRADIENT_FRACTION));
         count += select(0u, 1u, abs(t) > limit);
