@@ -6,14 +6,14 @@
 //   forward:       out = sum over j of p_j v_j, p quantised to 11 bits in blocks of 32 keys with
 //                  the values' exponents folded in
 // Shapes: q_words (N, H, D/2 padded), q_exponents (N, H); keys, values (slots, capacity, K, D/2
-//   padded), their exponents (slots, capacity, K); rows (N) of `Row`; scores (rows, heads, L), with L
-//   a multiple of 32: the probabilities; out (N, H D) in FX(16).
+//   padded), their exponents (slots, capacity, K); rows (N) of `Row`; scores (rows, heads, L),
+//   with L a multiple of 32: the probabilities; out (N, H D) in FX(16).
 // Dispatch: x and y together count (row, head) pairs, a workgroup owns one. The heads are
 //   `first_head + i * head_step` for i below `heads`; rows begin at `first_row`.
 // Writes: scores `=` (`forward` overwrites them: 16 words of mantissa pairs, then the exponent, in
 //   each group of 32); out `=`. No aliasing.
-// Numerics: 10 by 11 bits in blocks of 32, see `matmul.wgsl`. Sums of 32 weights shifted by 8
-//   stay below 2^16, so 2^15 keys fit u32. Keys after the query are neither read nor counted.
+// Numerics: 10 by 11 bits in blocks of 32, see `matmul.wgsl`. A sum of 32 weights, shifted by 8,
+//   is at most 2^21: those of 2^15 keys fit u32. Keys after the query are neither read nor counted.
 // Twin: shaders/src/twin/attention.rs
 
 override LANES: u32 = 64u;

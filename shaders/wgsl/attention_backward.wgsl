@@ -10,10 +10,10 @@
 // Shapes: d_out (N, H D) in FX(20), as rows (N, H, D/2 padded) with exponents (N, H, D/32), and as
 //   tokens (H D, B * 16) with exponents (H D, B); p and ds (N, K, L); by_query and by_key
 //   (N, K, L/2) with exponents (N, K, L/32); dq (N, H D), dk and dv (N, K D) in FX(20).
-// Dispatch: scores: x and y together count (row, group) pairs, a workgroup owns one. The others: one
-//   invocation an output block, channel or channel pair; x and y together count groups of LANES.
-//   The first row of the batch's chunk is `first_row`, of whole segments; p, ds, by_query and
-//   by_key begin there, everything else at row 0.
+// Dispatch: scores: x and y together count (row, group) pairs, a workgroup owns one. The others:
+//   one invocation an output block, channel or channel pair; x and y together count groups of
+//   LANES. The first row of the batch's chunk is `first_row`, of whole segments; p, ds, by_query
+//   and by_key begin there, everything else at row 0.
 // Writes: dk, dv `=` for the first head of a group, then `= sat(d + ...)`; the others `=`.
 // Numerics: products of 10 by 11 bits in blocks of 32, see `matmul.wgsl`; only entries j <= i are
 //   computed and counted. The row sum is 64-bit and clamped once.
@@ -220,7 +220,15 @@ fn value_gradient(
 
 // Sum over the blocks first_block to last_block - 1 of `left` times two channels of `right`, whose
 // vectors begin at word `origin` and are `step` words apart; `vectors` of them exist.
-fn combine(at: u32, begin: u32, end: u32, origin: u32, step: u32, vectors: u32, limit: i32) -> vec2<i32> {
+fn combine(
+    at: u32,
+    begin: u32,
+    end: u32,
+    origin: u32,
+    step: u32,
+    vectors: u32,
+    limit: i32,
+) -> vec2<i32> {
     var sum = vec2<u32>();
     var count = 0u;
     for (var b = begin; b < end; b++) {

@@ -127,7 +127,8 @@ fn place(group: vec3<u32>, groups: vec3<u32>, lane: u32) -> Place {
 }
 
 fn row_limit(row: u32, step: vec4<u32>, limit: i32) -> vec4<i32> {
-    return select(vec4<i32>(0x7fffffff), vec4<i32>(limit), vec4<u32>(row) + step < vec4<u32>(p.rows));
+    let valid = vec4<u32>(row) + step < vec4<u32>(p.rows);
+    return select(vec4<i32>(0x7fffffff), vec4<i32>(limit), valid);
 }
 
 fn exponents(rows: vec4<u32>, block: u32) -> vec4<i32> {

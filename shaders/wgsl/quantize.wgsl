@@ -5,8 +5,8 @@
 //   rows:          blocks along the channels of x (R, C) in FX(fraction)
 //   tokens:        blocks of 32 tokens of one segment, of x (N, C) in FX(fraction)
 //   tokens_blocks: the same of a matrix (N, C) that is in blocks along channels already
-// Shapes: x (R, C); source (N, C/2 padded) words with source_exponents (N, C/32); token_blocks (B, 2):
-//   first row and number of rows of a block; words (R, C/2 padded) or (C, B * 16),
+// Shapes: x (R, C); source (N, C/2 padded) words with source_exponents (N, C/32); token_blocks (B,
+//   2): first row and number of rows of a block; words (R, C/2 padded) or (C, B * 16),
 //   exponents (R, C/32) or (C, B).
 // Dispatch: one invocation a block, channels fastest; x and y together count groups of LANES.
 // Writes: words `=`, exponents `=`; no aliasing.

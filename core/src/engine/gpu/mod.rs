@@ -3,11 +3,13 @@
 //! The device comes from the caller; nothing here chooses adapters or reads clocks. Start with
 //! [`Gpu`]; `engine.rs` maps the trait's operations to kernels, `product.rs` and `attention.rs` hold
 //! those that take several dispatches, `recorder.rs` records, submits and reads. Operations never
-//! fail at once: a lost device or an oversize buffer is reported by the next read.
+//! fail at once: a lost device or an oversize buffer is reported by the next read and by every one
+//! after it, because what was computed since is not to be trusted; go on with a new engine.
 
 mod attention;
 mod batch;
 mod engine;
+mod mapped;
 mod memory;
 mod pace;
 mod product;
