@@ -40,14 +40,20 @@ impl Family {
 }
 
 const X1: &str = include_str!("../wgsl/shared/x1.wgsl");
+const PAIRS: &str = include_str!("../wgsl/shared/pairs.wgsl");
 const COUNT: &str = include_str!("../wgsl/shared/count.wgsl");
 const LOOKUP: &str = include_str!("../wgsl/shared/tables.wgsl");
 const QUANTIZE: &str = include_str!("../wgsl/shared/quantize.wgsl");
+const MIXED: &str = include_str!("../wgsl/shared/quantize_mixed.wgsl");
 const ROWS: &str = include_str!("../wgsl/shared/rows.wgsl");
 
 /// Every family, in the order of [`KERNELS`].
 pub const FAMILIES: [Family; 12] = [
-    Family { name: "matmul", text: include_str!("../wgsl/matmul.wgsl"), shared: &[X1, COUNT] },
+    Family {
+        name: "matmul",
+        text: include_str!("../wgsl/matmul.wgsl"),
+        shared: &[X1, PAIRS, COUNT],
+    },
     Family {
         name: "matmul_tiled",
         text: include_str!("../wgsl/matmul_tiled.wgsl"),
@@ -56,7 +62,7 @@ pub const FAMILIES: [Family; 12] = [
     Family {
         name: "quantize",
         text: include_str!("../wgsl/quantize.wgsl"),
-        shared: &[X1, QUANTIZE],
+        shared: &[X1, QUANTIZE, MIXED],
     },
     Family {
         name: "rmsnorm",
@@ -71,12 +77,12 @@ pub const FAMILIES: [Family; 12] = [
     Family {
         name: "attention",
         text: include_str!("../wgsl/attention.wgsl"),
-        shared: &[X1, COUNT, LOOKUP, QUANTIZE, ROWS],
+        shared: &[X1, PAIRS, COUNT, LOOKUP, QUANTIZE, MIXED, ROWS],
     },
     Family {
         name: "attention_backward",
         text: include_str!("../wgsl/attention_backward.wgsl"),
-        shared: &[X1, COUNT, QUANTIZE, ROWS],
+        shared: &[X1, PAIRS, COUNT, QUANTIZE, MIXED, ROWS],
     },
     Family {
         name: "swiglu",

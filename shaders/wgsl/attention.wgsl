@@ -6,14 +6,14 @@
 //   forward:       out = sum over j of p_j v_j, p quantised to 11 bits in blocks of 32 keys with
 //                  the values' exponents folded in
 // Shapes: q_words (N, H, D/2 padded), q_exponents (N, H); keys, values (slots, capacity, K, D/2
-//   padded), their exponents (slots, capacity, K); rows (N) of `Row`; scores (rows, heads, L), with L
-//   a multiple of 32: the probabilities; out (N, H D) in FX(16).
+//   padded), their exponents (slots, capacity, K); rows (N) of `Row`; scores (rows, heads, L),
+//   with L a multiple of 32: the probabilities; out (N, H D) in FX(16).
 // Dispatch: x and y together count (row, head) pairs, a workgroup owns one. The heads are
 //   `first_head + i * head_step` for i below `heads`; rows begin at `first_row`.
 // Writes: scores `=` (`forward` overwrites them: 16 words of mantissa pairs, then the exponent, in
 //   each group of 32); out `=`. No aliasing.
-// Numerics: 10 by 11 bits in blocks of 32, see `matmul.wgsl`. Sums of 32 weights shifted by 8
-//   stay below 2^16, so 2^15 keys fit u32. Keys after the query are neither read nor counted.
+// Numerics: 10 by 11 bits in blocks of 32, see `matmul.wgsl`. A sum of 32 weights, shifted by 8,
+//   is at most 2^21: those of 2^15 keys fit u32. Keys after the query are neither read nor counted.
 // Twin: shaders/src/twin/attention.rs
 
 override LANES: u32 = 64u;
@@ -35,9 +35,9 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(3) var<storage, read> q_words: array<u32>;
+@group(0) @binding(3) var<storage, read> q_words: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read> q_exponents: array<i32>;
-@group(0) @binding(5) var<storage, read> keys: array<u32>;
+@group(0) @binding(5) var<storage, read> keys: array<vec4<u32>>;
 @group(0) @binding(6) var<storage, read> key_exponents: array<i32>;
 @group(0) @binding(7) var<storage, read> rows: array<Row>;
 @group(0) @binding(8) var<storage, read_write> scores: array<i32>;
@@ -79,17 +79,18 @@ fn ordered(x: i32) -> u32 {
 fn score_keys(o: Query, lane: u32) -> u32 {
     var count = 0u;
     let vector = o.row * p.all_heads + o.head;
-    let q = vector * p.words;
+    let quads = p.words / 4u;
+    let q = vector * quads;
     let fraction = q_exponents[vector] + ACTIVATION_FRACTION;
     var best = 0u;
     for (var j = lane; j < o.keys; j += LANES) {
         let key = (o.first_key + j) * p.kv_heads + o.kv_head;
         let shift = -(fraction + key_exponents[key]);
         var sum = 0u;
-        for (var w = 0u; w < p.words; w += 16u) {
+        for (var w = 0u; w < quads; w += 4u) {
             var d = 0;
-            for (var i = w; i < w + 16u; i++) {
-                d += pair_dot(q_words[q + i], keys[key * p.words + i]);
+            for (var i = w; i < w + 4u; i++) {
+                d += dot8(unpack(q_words[q + i]), unpack(keys[key * quads + i]));
             }
             let t = flush(d, shift);
             count += select(0u, 1u, abs(t) > p.score_limit);
@@ -170,7 +171,7 @@ fn quantize_group(o: Query, first: u32) {
             block_exponent[i] = value_exponents[key] - 24;
         }
     }
-    let exponent = quantize_block(ACTIVATION_BITS);
+    let exponent = quantize_mixed_block(ACTIVATION_BITS);
     for (var i = 0u; i < 16u; i++) {
         scores[o.at + first + i] = bitcast<i32>(block_words[i]);
     }

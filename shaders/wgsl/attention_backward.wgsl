@@ -10,10 +10,10 @@
 // Shapes: d_out (N, H D) in FX(20), as rows (N, H, D/2 padded) with exponents (N, H, D/32), and as
 //   tokens (H D, B * 16) with exponents (H D, B); p and ds (N, K, L); by_query and by_key
 //   (N, K, L/2) with exponents (N, K, L/32); dq (N, H D), dk and dv (N, K D) in FX(20).
-// Dispatch: scores: x and y together count (row, group) pairs, a workgroup owns one. The others: one
-//   invocation an output block, channel or channel pair; x and y together count groups of LANES.
-//   The first row of the batch's chunk is `first_row`, of whole segments; p, ds, by_query and
-//   by_key begin there, everything else at row 0.
+// Dispatch: scores: x and y together count (row, group) pairs, a workgroup owns one. The others:
+//   one invocation an output block, channel or channel pair; x and y together count groups of
+//   LANES. The first row of the batch's chunk is `first_row`, of whole segments; p, ds, by_query
+//   and by_key begin there, everything else at row 0.
 // Writes: dk, dv `=` for the first head of a group, then `= sat(d + ...)`; the others `=`.
 // Numerics: products of 10 by 11 bits in blocks of 32, see `matmul.wgsl`; only entries j <= i are
 //   computed and counted. The row sum is 64-bit and clamped once.
@@ -44,6 +44,9 @@ struct Params {
 @group(0) @binding(5) var<storage, read> left_exponents: array<i32>;
 @group(0) @binding(6) var<storage, read> right: array<u32>;
 @group(0) @binding(7) var<storage, read> right_exponents: array<i32>;
+// The same, four words at a time.
+@group(0) @binding(4) var<storage, read> left_quads: array<vec4<u32>>;
+@group(0) @binding(6) var<storage, read> right_quads: array<vec4<u32>>;
 @group(0) @binding(8) var<storage, read> weights: array<i32>;
 @group(0) @binding(9) var<storage, read_write> ds: array<i32>;
 @group(0) @binding(4) var<storage, read> x: array<i32>;
@@ -78,8 +81,9 @@ fn scores(
         var sum = 0u;
         for (var b = 0u; b < blocks; b++) {
             var d = 0;
-            for (var i = b * 16u; i < b * 16u + 16u; i++) {
-                d += pair_dot(left[vector * p.words + i], right[key * p.words + i]);
+            for (var i = b * 4u; i < b * 4u + 4u; i++) {
+                let x = unpack(left_quads[vector * blocks * 4u + i]);
+                d += dot8(x, unpack(right_quads[key * blocks * 4u + i]));
             }
             let e = left_exponents[vector * blocks + b] + right_exponents[key];
             let t = flush(d, -(e + GRADIENT_FRACTION));
@@ -109,7 +113,7 @@ fn scores(
 }
 
 fn write(at: u32, bits: u32) {
-    exponents[at] = quantize_block(bits);
+    exponents[at] = quantize_mixed_block(bits);
     for (var i = 0u; i < 16u; i++) {
         words[at * 16u + i] = block_words[i];
     }
@@ -202,8 +206,8 @@ fn value_gradient(
         let at = vector * (p.keys / 32u) + b;
         let origin = channel * p.token_blocks + info.first_block + b;
         var d = 0;
-        for (var i = 0u; i < 16u; i++) {
-            d += pair_dot(left[at * 16u + i], right[origin * 16u + i]);
+        for (var i = 0u; i < 4u; i++) {
+            d += dot8(unpack(left_quads[at * 4u + i]), unpack(right_quads[origin * 4u + i]));
         }
         let t = flush(d, -(left_exponents[at] + right_exponents[origin] + GRADIENT_FRACTION));
         count += select(0u, 1u, abs(t) > limit);
@@ -216,7 +220,15 @@ fn value_gradient(
 
 // Sum over the blocks first_block to last_block - 1 of `left` times two channels of `right`, whose
 // vectors begin at word `origin` and are `step` words apart; `vectors` of them exist.
-fn combine(at: u32, begin: u32, end: u32, origin: u32, step: u32, vectors: u32, limit: i32) -> vec2<i32> {
+fn combine(
+    at: u32,
+    begin: u32,
+    end: u32,
+    origin: u32,
+    step: u32,
+    vectors: u32,
+    limit: i32,
+) -> vec2<i32> {
     var sum = vec2<u32>();
     var count = 0u;
     for (var b = begin; b < end; b++) {

@@ -4,8 +4,8 @@
 //   forward:  h[n] = the embedding's row tokens[n], in FX(16)
 //   backward: grad[tokens[n]] += dh[n] in FX(16)
 //   rows:     gathered[n] = x[tokens[n]]
-// Shapes: tokens (N), or row indices; words (V, C/2 padded) with one exponent a 32 x 32 tile; h, dh,
-//   x, gathered (N, C); grad_low, grad_high (V, C).
+// Shapes: tokens (N), or row indices; words (V, C/2 padded) with one exponent a 32 x 32 tile; h,
+//   dh, x, gathered (N, C); grad_low, grad_high (V, C).
 // Dispatch: one invocation an element; x and y together count groups of LANES.
 // Writes: h, gathered `=`; grad `+=` in 64 bits by atomics, whose order cannot matter. No aliasing.
 // Numerics: a value of 2^14 and more does not fit FX(16): it is clamped and counted. dh FX(20).

@@ -5,8 +5,8 @@
 //          is given, or the most likely one, or the first whose cumulative weight exceeds
 //          floor(draw Z / 2^64)
 //   seed:  w (p_i - [i = target]) + alpha p_i (center - t_i), with p = e / Z in Q24
-// Shapes: logits (N, V) in FX(16); requests (N) of (mode, token, draw low, draw high); stats (N, 8):
-//   token, t, Z low, Z high, M low, M high, greedy, max; seeds (N) of (target, weight, entropy
+// Shapes: logits (N, V) in FX(16); requests (N) of (mode, token, draw low, draw high); stats (N,
+//   8): token, t, Z low, Z high, M low, M high, greedy, max; seeds (N) of (target, weight, entropy
 //   weight, entropy center); out (N, V) in FX(20).
 // Dispatch: stats: x and y together count rows, a workgroup owns one; seed: one invocation an
 //   element, x and y together count groups of LANES.

@@ -44,26 +44,12 @@ struct Params {
 @group(0) @binding(8) var<storage, read_write> grad_high: array<u32>;
 @group(0) @binding(9) var<storage, read> segments: array<u32>;
 
-// Eight mantissas as two vectors of integers: even positions, odd positions.
-struct Pairs {
-    even: vec4<i32>,
-    odd: vec4<i32>,
-}
-
 // An 8 x 2 tile: `x` and `y` are the two columns, each of rows 0 to 3 and 4 to 7.
 struct Tile {
     x0: vec4<i32>,
     x1: vec4<i32>,
     y0: vec4<i32>,
     y1: vec4<i32>,
-}
-
-fn unpack(w: vec4<u32>) -> Pairs {
-    return Pairs(bitcast<vec4<i32>>(w << vec4<u32>(16u)) >> vec4<u32>(16u), bitcast<vec4<i32>>(w) >> vec4<u32>(16u));
-}
-
-fn dot8(a: Pairs, b: Pairs) -> i32 {
-    return dot(a.even, b.even) + dot(a.odd, b.odd);
 }
 
 fn dot8f(a: Pairs, b: Pairs) -> f32 {
@@ -141,7 +127,8 @@ fn place(group: vec3<u32>, groups: vec3<u32>, lane: u32) -> Place {
 }
 
 fn row_limit(row: u32, step: vec4<u32>, limit: i32) -> vec4<i32> {
-    return select(vec4<i32>(0x7fffffff), vec4<i32>(limit), vec4<u32>(row) + step < vec4<u32>(p.rows));
+    let valid = vec4<u32>(row) + step < vec4<u32>(p.rows);
+    return select(vec4<i32>(0x7fffffff), vec4<i32>(limit), valid);
 }
 
 fn exponents(rows: vec4<u32>, block: u32) -> vec4<i32> {

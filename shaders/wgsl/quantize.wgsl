@@ -5,8 +5,8 @@
 //   rows:          blocks along the channels of x (R, C) in FX(fraction)
 //   tokens:        blocks of 32 tokens of one segment, of x (N, C) in FX(fraction)
 //   tokens_blocks: the same of a matrix (N, C) that is in blocks along channels already
-// Shapes: x (R, C); source (N, C/2 padded) words with source_exponents (N, C/32); token_blocks (B, 2):
-//   first row and number of rows of a block; words (R, C/2 padded) or (C, B * 16),
+// Shapes: x (R, C); source (N, C/2 padded) words with source_exponents (N, C/32); token_blocks (B,
+//   2): first row and number of rows of a block; words (R, C/2 padded) or (C, B * 16),
 //   exponents (R, C/32) or (C, B).
 // Dispatch: one invocation a block, channels fastest; x and y together count groups of LANES.
 // Writes: words `=`, exponents `=`; no aliasing.
@@ -46,12 +46,11 @@ fn rows(
     let first = (id % p.col_blocks) * 32u;
     for (var i = 0u; i < 32u; i++) {
         block[i] = 0;
-        block_exponent[i] = -p.fraction;
         if (first + i < p.cols) {
             block[i] = x[row * p.cols + first + i];
         }
     }
-    write(id);
+    write(id, quantize_block(p.bits, p.fraction));
 }
 
 @compute @workgroup_size(LANES)
@@ -68,12 +67,11 @@ fn tokens(
     let tokens = token_blocks[id / p.cols];
     for (var i = 0u; i < 32u; i++) {
         block[i] = 0;
-        block_exponent[i] = -p.fraction;
         if (i < tokens.y) {
             block[i] = x[(tokens.x + i) * p.cols + col];
         }
     }
-    write(col * p.token_blocks + id / p.cols);
+    write(col * p.token_blocks + id / p.cols, quantize_block(p.bits, p.fraction));
 }
 
 @compute @workgroup_size(LANES)
@@ -98,11 +96,11 @@ fn tokens_blocks(
             block_exponent[i] = source_exponents[row * p.col_blocks + col / 32u];
         }
     }
-    write(col * p.token_blocks + id / p.cols);
+    write(col * p.token_blocks + id / p.cols, quantize_mixed_block(p.bits));
 }
 
-fn write(at: u32) {
-    exponents[at] = quantize_block(p.bits);
+fn write(at: u32, exponent: i32) {
+    exponents[at] = exponent;
     for (var i = 0u; i < 16u; i++) {
         words[at * 16u + i] = block_words[i];
     }

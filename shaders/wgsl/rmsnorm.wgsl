@@ -99,14 +99,13 @@ fn forward(
         for (var i = 0u; i < 32u; i++) {
             let c = b * 32u + i;
             block[i] = 0;
-            block_exponent[i] = -ACTIVATION_FRACTION;
             if (c < p.cols) {
                 let u = mulsh_counted(h[at + c], s.x, s.y);
                 unit[at + c] = u;
                 block[i] = mulsh_counted(u, gain[c], 12);
             }
         }
-        exponents[row * blocks + b] = quantize_block(ACTIVATION_BITS);
+        exponents[row * blocks + b] = quantize_block(ACTIVATION_BITS, ACTIVATION_FRACTION);
         for (var i = 0u; i < 16u; i++) {
             words[(row * blocks + b) * 16u + i] = block_words[i];
         }

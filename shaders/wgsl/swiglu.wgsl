@@ -41,14 +41,13 @@ fn forward(
     let first = (id % blocks) * 32u;
     for (var i = 0u; i < 32u; i++) {
         block[i] = 0;
-        block_exponent[i] = -ACTIVATION_FRACTION;
         if (first + i < p.cols) {
             let at = (id / blocks) * p.cols + first + i;
             let silu = mulsh_counted(gate[at], sigmoid(gate[at]), 16);
             block[i] = mulsh_counted(silu, up[at], 16);
         }
     }
-    exponents[id] = quantize_block(ACTIVATION_BITS);
+    exponents[id] = quantize_block(ACTIVATION_BITS, ACTIVATION_FRACTION);
     for (var i = 0u; i < 16u; i++) {
         words[id * 16u + i] = block_words[i];
     }

@@ -41,7 +41,9 @@ fn evaluate(i: vec4<u32>) -> vec2<u32> {
         case 10u: { return add64(i.xy, i.zw); }
         case 11u: { return shl64(i.xy, i.z & 63u); }
         case 12u: { return shr64(i.xy, i.z & 63u); }
-        case 13u: { return vec2<u32>(bitcast<u32>(bl64(i.xy)), select(0u, 1u, less64(i.xy, i.zw))); }
+        case 13u: {
+            return vec2<u32>(bitcast<u32>(bl64(i.xy)), select(0u, 1u, less64(i.xy, i.zw)));
+        }
         case 14u: { return rne64(i.xy, i.z & 63u); }
         case 15u: { return rne64_signed(i.xy, i.z & 63u); }
         case 16u: { return vec2<u32>(bitcast<u32>(sat64_counted(i.xy)), clamped); }

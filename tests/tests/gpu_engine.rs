@@ -7,11 +7,12 @@
 
 mod gpu_support;
 
-use gpu_support::{Random, Scenario, Trace, blocks, same, whole, with_gpu};
-use manyhands_core::engine::gpu::{Gpu, MatmulVariant};
+use gpu_support::{Random, Scenario, Trace, blocks, same, whole, with_device, with_gpu};
+use manyhands_core::engine::gpu::{Gpu, MatmulVariant, Profile};
 use manyhands_core::engine::twin::Twin;
 use manyhands_core::engine::{Batch, Constants, Engine, SeedRow, Tiles};
 use manyhands_core::model::config::ModelConfig;
+use manyhands_shaders::twin::Saturations;
 use manyhands_shaders::twin::logits::temperature_scale;
 use manyhands_shaders::x1::LIM;
 use pollster::block_on;
@@ -163,7 +164,7 @@ impl Scenario for Attend {
         let c = e.constants().attention.clone();
         let (q_width, kv_width) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let mut r = Random(self.lengths.iter().sum::<usize>() as u64 + u64::from(self.bits));
-        let capacity = self.lengths.iter().max().unwrap() + 2;
+        let capacity = self.lengths.iter().max().expect("not empty") + 2;
         let mut cache = e.cache(self.lengths.len(), capacity);
         let w = e.weight(&r.tiles(7, q_width, false));
         let mut qkv = |e: &E, rows: usize| {
@@ -280,12 +281,12 @@ impl Scenario for AtLogits {
         for bits in [4, 17, 20, 30] {
             let mut x = r.values(n * v, bits);
             // Ties for the largest logit: the lowest token must win.
-            x[v - 1] = x[..v].iter().copied().max().unwrap();
+            x[v - 1] = x[..v].iter().copied().max().expect("not empty");
             let x = e.tensor(&x, v);
             let targets: Vec<u32> = (0..n).map(|_| r.below(v) as u32).collect();
             out.stats(
                 "stats",
-                e.stats(&x, &targets, scale).await.unwrap().into_iter().map(|s| (0, s)),
+                e.stats(&x, &targets, scale).await.expect("read").into_iter().map(|s| (0, s)),
             );
             let draw = |i: usize, r: &mut Random| match i % 5 {
                 0 => None,
@@ -294,7 +295,7 @@ impl Scenario for AtLogits {
                 _ => Some(r.next()),
             };
             let draws: Vec<Option<u64>> = (0..n).map(|i| draw(i, &mut r)).collect();
-            out.stats("sample", e.sample(&x, &draws, scale).await.unwrap().into_iter());
+            out.stats("sample", e.sample(&x, &draws, scale).await.expect("read").into_iter());
             let limits = [(0, 0), (1 << 16, 0), (-(1 << 20), 1 << 14), (LIM, -LIM), (0, 1 << 16)];
             let rows: Vec<SeedRow> = (0..n)
                 .map(|i| SeedRow {
@@ -320,4 +321,41 @@ fn logits_statistics_samples_and_seeds_equal_twin() {
             compare(&name, gpu, &constants, AtLogits { n, v, temperature });
         }
     });
+}
+
+/// Breaks if wide workgroups, or the lanes that share a column there, differ from the twin.
+#[test]
+fn hardware_profile_equals_twin() {
+    with_device(|d| {
+        let constants = config(33, 4, 2, 16).constants();
+        let profile = Profile::Hardware;
+        let gpu = Gpu::new(d.device.clone(), d.queue.clone(), profile, constants.clone());
+        let gpu = gpu.expect("buffers fit");
+        for (n, o, c) in [(1, 65, 600), (2, 130, 33), (9, 33, 64)] {
+            compare("product", &gpu, &constants, Products { n, o, c, extreme: true });
+        }
+        compare("norm", &gpu, &constants, Norms { rows: 6, width: 33 });
+        let attend = Attend { lengths: vec![65, 3, 32], bits: 30 };
+        compare("attention", &gpu, &constants, attend);
+        compare("elementwise", &gpu, &constants, Elementwise { n: 3, c: 70 });
+        compare("logits", &gpu, &constants, AtLogits { n: 7, v: 300, temperature: 0.7 });
+    });
+}
+
+/// Breaks if the scenarios above no longer drive every site to its clamps: then equal counts would
+/// prove nothing.
+#[test]
+fn scenarios_saturate_every_site() {
+    let twin = Twin::new(config(33, 4, 2, 16).constants());
+    let traces = [
+        block_on(whole(&twin, &Products { n: 9, o: 33, c: 64, extreme: true })),
+        block_on(whole(&twin, &Norms { rows: 6, width: 33 })),
+        block_on(whole(&twin, &Attend { lengths: vec![31, 3], bits: 30 })),
+        block_on(whole(&twin, &Elementwise { n: 3, c: 31 })),
+        block_on(whole(&twin, &AtLogits { n: 7, v: 41, temperature: 0.7 })),
+    ];
+    for (site, name) in Saturations::NAMES.iter().enumerate() {
+        let count: i64 = traces.iter().map(|t| t.total_saturations()[site]).sum();
+        assert!(count > 0, "no scenario saturates {name}");
+    }
 }

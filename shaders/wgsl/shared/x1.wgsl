@@ -80,11 +80,6 @@ fn hi16(w: u32) -> i32 {
     return bitcast<i32>(w) >> 16u;
 }
 
-// Sum of the two products of a pair of packed mantissas.
-fn pair_dot(a: u32, b: u32) -> i32 {
-    return lo16(a) * lo16(b) + hi16(a) * hi16(b);
-}
-
 // ---- 64 bits
 
 fn mul64(a: u32, b: u32) -> vec2<u32> {

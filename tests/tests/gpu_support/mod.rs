@@ -9,6 +9,7 @@ use manyhands_core::engine::gpu::{Gpu, Profile};
 use manyhands_core::engine::{Engine, RowStats, Tiles};
 use manyhands_core::model::config::ModelConfig;
 use manyhands_shaders::bfp::padded;
+use manyhands_shaders::twin::SITE_COUNT;
 use manyhands_shaders::x1::LIM;
 use pollster::block_on;
 
@@ -22,7 +23,8 @@ pub(crate) struct Device {
     pub(crate) gpu: Gpu,
 }
 
-fn open() -> Option<Device> {
+/// A new device on the first adapter.
+pub(crate) fn open() -> Option<Device> {
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
     let adapter =
         block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default())).ok()?;
@@ -55,7 +57,7 @@ pub(crate) fn with_gpu(test: impl FnOnce(&Gpu)) {
     with_device(|d| test(&d.gpu));
 }
 
-/// SplitMix64.
+/// `SplitMix64`.
 pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
@@ -154,6 +156,17 @@ impl Trace {
             [i64::from(token), i64::from(s.t), total, moment, i64::from(s.greedy)]
         };
         self.0.push((name.into(), rows.flat_map(row).collect()));
+    }
+}
+
+impl Trace {
+    /// The saturation counts of the whole trace, added up by site.
+    pub(crate) fn total_saturations(&self) -> Vec<i64> {
+        let mut out = vec![0; SITE_COUNT];
+        for (_, counts) in self.0.iter().filter(|(name, _)| name.starts_with("saturations of")) {
+            out.iter_mut().zip(counts).for_each(|(a, b)| *a += b);
+        }
+        out
     }
 }
 

@@ -3,11 +3,13 @@
 //! The device comes from the caller; nothing here chooses adapters or reads clocks. Start with
 //! [`Gpu`]; `engine.rs` maps the trait's operations to kernels, `product.rs` and `attention.rs` hold
 //! those that take several dispatches, `recorder.rs` records, submits and reads. Operations never
-//! fail at once: a lost device or an oversize buffer is reported by the next read.
+//! fail at once: a lost device or an oversize buffer is reported by the next read and by every one
+//! after it, because what was computed since is not to be trusted; go on with a new engine.
 
 mod attention;
 mod batch;
 mod engine;
+mod mapped;
 mod memory;
 mod pace;
 mod product;
@@ -220,7 +222,7 @@ impl Gpu {
     }
 
     /// Runs `repeats` products (M, K) x (N, K) and waits for them, for the caller to time: the first
-    /// call compiles. M, N and K are rounded up to whole blocks.
+    /// call compiles. N and K are rounded up to whole blocks, and M too for the f32 kernel.
     pub async fn run_product(
         &self,
         product: TimedProduct,
@@ -229,7 +231,10 @@ impl Gpu {
     ) -> Result<(), EngineError> {
         // Columns of the f32 kernel come in groups; 32 holds a group of any software adapter.
         let cols_group = (BLOCKED_COLS * self.recorder.lanes).max(BLOCK as u32) as usize;
-        let m = m.next_multiple_of(BLOCKED_ROWS as usize);
+        let m = match product {
+            TimedProduct::Exact(_) => m,
+            TimedProduct::PlainF32 => m.next_multiple_of(BLOCKED_ROWS as usize),
+        };
         let (n, k) = (n.next_multiple_of(cols_group), k.next_multiple_of(BLOCK));
         let out = self.empty(m, n);
         match product {

@@ -5,10 +5,10 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Poll, Waker};
 
 use manyhands_shaders::wgsl::{self, FAMILIES, Id, UNIFORM_BYTES, Workgroup};
 
+use super::mapped::Mapped;
 use super::memory::{Buf, Pool, size_class};
 use super::pace::{Clock, Pace};
 use crate::engine::EngineError;
@@ -401,38 +401,5 @@ impl Recorder {
         self.check()?;
         let view = staging.slice(..).get_mapped_range().map_err(|e| self.lost(e))?;
         Ok(bytemuck::pod_collect_to_vec(&view[..]))
-    }
-}
-
-/// Whether a buffer has been mapped yet, and how it went.
-#[derive(Default)]
-struct Mapped(Mutex<(Option<bool>, Option<Waker>)>);
-
-impl Mapped {
-    fn set(&self, ok: bool) {
-        let waker = {
-            let mut state = lock(&self.0);
-            state.0 = Some(ok);
-            state.1.take()
-        };
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-    }
-
-    async fn wait(&self) -> bool {
-        std::future::poll_fn(|context| {
-            let mut state = lock(&self.0);
-            match state.0 {
-                Some(ok) => Poll::Ready(ok),
-                // On a native device the wait above has ended: no callback will come any more.
-                None if cfg!(not(target_arch = "wasm32")) => Poll::Ready(false),
-                None => {
-                    state.1 = Some(context.waker().clone());
-                    Poll::Pending
-                }
-            }
-        })
-        .await
     }
 }
