@@ -12,7 +12,7 @@ use crate::engine::{Batch, Engine, EngineError, SeedRow};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{Decoder, DeviceGradients};
 use crate::model::weights::{Parameter, Weights, shapes};
-use manyhands_shaders::twin::logits::{temperature_scale, weights};
+use manyhands_shaders::twin::logits::{temperature_scale, weights as sampling_weights};
 
 /// Why a vector file was not reproduced.
 #[derive(Debug, thiserror::Error)]
@@ -206,10 +206,11 @@ impl Vectors {
         let forward = decoder.forward(engine, &batch);
         let logits = engine.read(&forward.logits).await?;
         self.compare("out.logits_q16", logits.iter().map(|&x| x.into()))?;
-        let weights =
-            logits.chunks_exact(self.config.vocabulary).flat_map(|row| weights(row, scale));
-        let weights: Vec<i64> = weights.map(|(_, e)| i64::from(e)).collect();
-        self.compare("out.sample_weights_q23", weights.iter().copied())?;
+        let e = logits
+            .chunks_exact(self.config.vocabulary)
+            .flat_map(|row| sampling_weights(row, scale));
+        let e: Vec<i64> = e.map(|(_, e)| i64::from(e)).collect();
+        self.compare("out.sample_weights_q23", e.iter().copied())?;
         let stats = engine.stats(&forward.logits, &targets, scale).await?;
         self.compare("out.sample_total", stats.iter().map(|s| s.total as i64))?;
         let mut grads = DeviceGradients::zeros(engine, &self.config);

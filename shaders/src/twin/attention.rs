@@ -7,7 +7,7 @@
 use super::matmul::term_limit;
 use super::rope::{RopeTable, rotate};
 use super::{ACTIVATION_FRACTION, Saturations, Segment, Site};
-use crate::bfp::{ACTIVATION_BITS, BLOCK, WEIGHT_BITS, padded, quantize};
+use crate::bfp::{ACTIVATION_BITS, BLOCK, WEIGHT_BITS, quantize};
 use crate::x1::{bl, exp2n, flush, mulsh, sat};
 
 /// Shape and constants of attention.
@@ -140,11 +140,11 @@ pub fn heads(
 
 /// Product of two head vectors in `FX(f)`, blocks of 32 along D.
 fn head_dot(q: &[i16], k: &[i16], exponent: i32, f: i32, saturations: &mut Saturations) -> i32 {
+    let limit = term_limit(q.len().div_ceil(BLOCK));
     let mut acc = 0_u32;
     for (q, k) in q.chunks(BLOCK).zip(k.chunks(BLOCK)) {
         let d: i32 = q.iter().zip(k).map(|(&x, &y)| i32::from(x) * i32::from(y)).sum();
         let t = flush(d, -(exponent + f));
-        let limit = term_limit(padded(q.len()).max(k.len()) / BLOCK);
         saturations.add(Site::Matmul, u64::from(t.abs() > limit));
         acc = acc.wrapping_add(t.cast_unsigned());
     }

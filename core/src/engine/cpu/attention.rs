@@ -42,10 +42,6 @@ thread_local! {
     });
 }
 
-/// The twin measures a term of a score against the limit of a sum of one block, whatever the head
-/// size; see `head_dot` in `twin::attention`.
-pub(super) const SCORE_BLOCKS: usize = 1;
-
 /// The columns of tile `tile` that rows at `positions` see.
 pub(super) fn causal(positions: [usize; PANEL], tile: usize, blocks: usize) -> Count {
     let columns = positions.map(|p| (p + 1).saturating_sub(tile * TILE).min(TILE));
@@ -115,7 +111,7 @@ impl Head<'_> {
         let scores = scratch.scores.at_least(PANEL * tiles * TILE);
         let mut events = 0;
         for tile in 0..tiles {
-            let count = causal(positions, tile, SCORE_BLOCKS);
+            let count = causal(positions, tile, blocks);
             let key_tile = head * capacity_tiles + tile;
             let job = Job {
                 a: self.q.mantissas[at * blocks * PANEL_BLOCK..].as_ptr(),

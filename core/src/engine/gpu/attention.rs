@@ -15,8 +15,6 @@ use crate::engine::Batch;
 
 /// Bytes of the probabilities of one chunk of rows.
 const SCRATCH_BYTES: usize = 64 << 20;
-/// A block term of a score is compared with the limit of a sum of one block, as the twin does.
-const SCORE_LIMIT: i32 = term_limit(1);
 /// The backward pass repeats the forward's scores without counting.
 const UNCOUNTED: i32 = i32::MAX;
 
@@ -159,16 +157,17 @@ impl Gpu {
         let out = self.empty(q.rows, c.heads * c.head_dim);
         let heads = Heads { first: 0, step: 1, count: c.heads };
         let row_scores = (c.heads * tables.keys).max(1);
+        let limit = term_limit(c.head_dim.div_ceil(BLOCK));
         let budget = usize::try_from(self.recorder.budget()).unwrap_or(usize::MAX);
         let rows_max =
             (SCRATCH_BYTES / 4 / row_scores).min(budget / (row_scores * (c.head_dim + 64))).max(1);
         for first_row in (0..q.rows).step_by(rows_max) {
             let rows = rows_max.min(q.rows - first_row);
             let chunk = Chunk { first_row, rows, keys: tables.keys };
-            let p = self.probabilities(q, cache, &tables, chunk, heads, SCORE_LIMIT);
+            let p = self.probabilities(q, cache, &tables, chunk, heads, limit);
             self.recorder.run(
                 Id::AttentionForward,
-                &self.attention_uniform(chunk, heads, cache, SCORE_LIMIT),
+                &self.attention_uniform(chunk, heads, cache, limit),
                 &[&cache.values, &cache.value_exponents, &out.data, &tables.rows, &p],
                 Recorder::grid(rows * c.heads),
                 rows * row_scores * c.head_dim,
