@@ -157,7 +157,7 @@ fn train_damaged_checkpoint_falls_back_to_an_older_one() {
     let (workspace, expected, _) = reference();
     let newest = newest_checkpoint(&workspace.path().join("whole"));
     for (file, damage) in
-        [("optimizer.safetensors", flip as fn(&mut Vec<u8>)), ("weights.safetensors", cut)]
+        [("optimizer.safetensors", (|b| flip(b)) as fn(&mut Vec<u8>)), ("weights.safetensors", cut)]
     {
         let path = newest.join(file);
         let mut bytes = fs::read(&path).unwrap();
@@ -169,7 +169,7 @@ fn train_damaged_checkpoint_falls_back_to_an_older_one() {
     }
 }
 
-fn flip(bytes: &mut Vec<u8>) {
+fn flip(bytes: &mut [u8]) {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 0x10;
 }
