@@ -46,8 +46,7 @@ wasm:
 tint:
 	@.ci/packages node
 	cd tests/tint && npm ci --silent --no-audit --no-fund --ignore-scripts
-	cargo run --locked --quiet -p manyhands-shaders --example dump_wgsl > target/kernels.json
-	node tests/tint/validate.mjs target/kernels.json
+	cargo run --locked --quiet -p manyhands-shaders --example dump_wgsl | node tests/tint/validate.mjs
 
 clean:
 	cargo clean
