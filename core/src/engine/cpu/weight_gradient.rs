@@ -12,6 +12,7 @@ use manyhands_shaders::bfp::{ACTIVATION_BITS, BLOCK, WEIGHT_BITS};
 use manyhands_shaders::twin::{GRADIENT_FRACTION, SHARE_FRACTION, Segment, Site};
 
 use super::buffer::{Buffer, Pool};
+use super::gemm::PANEL_BLOCK_NS;
 use super::kernel::{
     Count, EXPONENT_SHIFT, Job, Kind, PANEL, PANEL_BLOCK, PANEL_EXPONENTS, TILE, TILE_BLOCK,
     ZERO_EXPONENT, bias, fast_limit, run,
@@ -268,7 +269,8 @@ pub(super) fn add(
         x.block_max.chunks_exact(blocks).map(|e| e.iter().copied().max().unwrap_or(0)).collect();
     let shared = Shared::new(grad);
     let groups = panels.div_ceil(PANELS);
-    cpu.workers.each(groups * tiles, panels * tiles * blocks / 16, |i| {
+    let cost = panels * tiles * blocks * PANEL_BLOCK_NS;
+    cpu.workers.each(groups * tiles, cost, |i| {
         let (tile, group) = (i / groups, i % groups);
         let run = Run { cpu, a: &a, x, tokens, tile, panels, count: Count::all(0) };
         let width = TILE.min(cols - tile * TILE);
