@@ -76,7 +76,7 @@ pub(super) fn matmul(
     let count = Count::all(a.blocks);
     let limit = fast_limit(path, a.blocks);
     let shared = Shared::new(out);
-    let cost = panels * b.tiles * a.blocks * PANEL_BLOCK_NS;
+    let cost = a.rows * b.tiles * a.blocks * PANEL_BLOCK_NS / PANEL;
     workers.each(groups * splits, cost, |i| {
         let (first, tile) = (i / splits * group, i % splits * span);
         let mut events = (0, 0);

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use manyhands_shaders::twin::{SITE_COUNT, Saturations, Site};
 
 /// Work below this many nanoseconds is not worth waking a thread.
-const WAKE_NS: usize = 40_000;
+const WAKE_NS: usize = 80_000;
 
 /// The calling thread and its helpers.
 pub(crate) struct Workers {
