@@ -40,3 +40,12 @@ pub extern "C" fn report_address() -> *const u8 {
 pub extern "C" fn report_length() -> usize {
     report().len()
 }
+
+#[cfg(test)]
+mod tests {
+    /// Also run for other processors: see CI.
+    #[test]
+    fn report_passes() {
+        assert!(super::report().starts_with("PASS "), "{}", super::report());
+    }
+}

@@ -21,7 +21,7 @@ use serde::Serialize;
 enum Section {
     /// Exact matrix products of the CPU engine, against OpenBLAS.
     Products,
-    /// Exact matrix products of every graphics adapter, against plain f32 WGSL.
+    /// Every graphics adapter: exact products against plain f32 WGSL, a step, decoding.
     Wgpu,
     /// Training steps, against PyTorch.
     Step,
@@ -120,6 +120,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     }
     if wanted(Section::Wgpu) {
         products::wgpu(&mut table, args.rounds)?;
+        training::wgpu(&mut table)?;
     }
     if wanted(Section::Step) {
         training::steps(&mut table, &threads, args.rounds, peer)?;

@@ -17,6 +17,7 @@ use manyhands_core::run::gradient::{accumulate, score};
 use manyhands_shaders::twin::logits::temperature_scale;
 
 use super::{Row, Table, median, peers};
+use crate::{engines, tuning};
 
 /// A model and the batch it trains on.
 #[derive(Clone)]
@@ -195,6 +196,63 @@ pub(super) fn decode(table: &mut Table, threads: &[usize], rounds: usize) -> Res
             out.note = format!("{share:.0}% of the product ceiling at {SEQUENCES} rows");
             table.push(out);
         }
+    }
+    Ok(())
+}
+
+/// A training step and decoding on every graphics adapter, with the dispatches they take.
+pub(super) fn wgpu(table: &mut Table) -> Result<()> {
+    const SEQUENCES: usize = 8;
+    const NEW: usize = 16;
+    let workload = Workload::new("micro", 128, 64, SEQUENCES)?;
+    for adapter in engines::adapters() {
+        let info = adapter.get_info();
+        let engine = engines::open_gpu(&adapter, workload.model.constants())?;
+        let variant = tuning::pick(&engine, &info)?;
+        let layers = workload.model.layers as f64;
+        let out = |name: &str, shape: String, median_s: f64, rate: f64, note: String| Row {
+            name: name.into(),
+            shape,
+            threads: 0,
+            engine: "wgpu".into(),
+            adapter: info.name.clone(),
+            median_s,
+            rate,
+            unit: "tokens/s",
+            ratio: None,
+            note,
+        };
+        let mut training = Loop::new(&engine, &workload);
+        let step_s = training.median(3)?;
+        let before = engine.dispatch_count();
+        training.step()?;
+        let per_layer = (engine.dispatch_count() - before) as f64 / layers;
+        let note = format!("{variant:?}, {per_layer:.0} dispatches a layer");
+        let rate = workload.tokens() as f64 / step_s;
+        table.push(out("step", workload.shape(), step_s, rate, note));
+
+        let request = |i: usize| Request { prompt: vec![5; 16], stream: [i as u32, 0, 0] };
+        let requests: Vec<Request> = (0..SEQUENCES).map(request).collect();
+        let sampling = Sampling {
+            seed: 1,
+            temperature_scale: Some(temperature_scale(1.0)),
+            max_new_tokens: NEW,
+            end: u32::MAX,
+            slots: SEQUENCES,
+        };
+        let run = || -> Result<(f64, u64)> {
+            let (before, started) = (engine.dispatch_count(), Instant::now());
+            let work = generate(&engine, &training.decoder, &requests, &sampling, |_, _| true);
+            pollster::block_on(work)?;
+            Ok((started.elapsed().as_secs_f64(), engine.dispatch_count() - before))
+        };
+        run()?;
+        let (seconds, dispatches) = run()?;
+        let per_layer = dispatches as f64 / NEW as f64 / layers;
+        let note =
+            format!("{per_layer:.1} dispatches a layer and step, logits and sampling included");
+        let shape = format!("{} {SEQUENCES}x(16+{NEW})", workload.name);
+        table.push(out("decode", shape, seconds, (SEQUENCES * NEW) as f64 / seconds, note));
     }
     Ok(())
 }
