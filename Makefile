@@ -7,11 +7,11 @@ SHELL := /bin/bash
 
 MANYHANDS := target/release/manyhands
 
-.PHONY: help build demo test lint unit wasm tint bench clean
+.PHONY: help build demo test lint unit wasm aarch64 tint bench clean
 
 help:
 	@echo "make demo   train a tiny model on this machine (about 6 minutes after the build)"
-	@echo "make test   every check and test: lints, both engines, software Vulkan, wasm, Tint"
+	@echo "make test   every check and test: lints, engines, software Vulkan, wasm, aarch64, Tint"
 	@echo "make bench  measure speed and memory"
 
 build:
@@ -24,7 +24,7 @@ demo: build
 bench: build
 	$(MANYHANDS) bench
 
-test: lint unit wasm tint
+test: lint unit wasm aarch64 tint
 
 lint:
 	@.ci/packages cc
@@ -42,6 +42,11 @@ wasm:
 	@.ci/packages cc node
 	.ci/wasm build
 	node web/conformance.mjs target/wasm32-unknown-unknown/release/manyhands_web.wasm
+
+# The same digest on another processor, under emulation.
+aarch64:
+	@.ci/packages cc
+	.ci/aarch64
 
 tint:
 	@.ci/packages node

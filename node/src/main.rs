@@ -3,11 +3,22 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    quiet_device_select();
     match manyhands_node::cli::run() {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Without a desktop session, Mesa's device selection layer complains on standard error that it
+/// finds no display. Nothing here draws on one.
+#[expect(unsafe_code, reason = "changing the environment is safe before threads exist")]
+fn quiet_device_select() {
+    if std::env::var_os("XDG_RUNTIME_DIR").is_none() {
+        // SAFETY: the first statement of `main`; no other thread exists.
+        unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
     }
 }
