@@ -85,10 +85,13 @@ fn panel(
     let mut chart = ChartBuilder::on(area)
         .caption(title, ("sans-serif", 18))
         .margin(12)
+        .margin_right(24)
         .x_label_area_size(34)
         .y_label_area_size(48)
         .build_cartesian_2d(0.0..x_max, low..high)?;
-    chart.configure_mesh().x_desc(x_name).light_line_style(WHITE).draw()?;
+    let whole = |x: &f64| format!("{x:.0}");
+    let mut mesh = chart.configure_mesh();
+    mesh.x_desc(x_name).x_label_formatter(&whole).light_line_style(WHITE).draw()?;
     if all().next().is_none() {
         let at = ((x_max * 0.3), (low + high) / 2.0);
         let text = Text::new("no such phase in this run", at, ("sans-serif", 15));
@@ -120,10 +123,13 @@ fn pass_panel(area: &Area<'_>, lines: &[LogLine]) -> Result<(), Box<dyn std::err
     let mut chart = ChartBuilder::on(area)
         .caption("Held out: pass@k, 95% intervals", ("sans-serif", 18))
         .margin(12)
+        .margin_right(24)
         .x_label_area_size(34)
         .y_label_area_size(48)
         .build_cartesian_2d((0.9..k_max * 1.1).log_scale(), 0.0..1.0)?;
-    chart.configure_mesh().x_desc("k").light_line_style(WHITE).draw()?;
+    let whole = |x: &f64| format!("{x:.0}");
+    let mut mesh = chart.configure_mesh();
+    mesh.x_desc("k").x_labels(4).x_label_formatter(&whole).light_line_style(WHITE).draw()?;
     for (i, (name, report)) in curves.iter().enumerate() {
         let color = COLORS[i];
         let passes = || report.overall.pass_at_k.iter().map(|(k, p)| (*k as f64, p));
