@@ -45,7 +45,7 @@ impl Draws {
 
     /// Uniform in [0, n).
     fn below(&mut self, n: usize) -> usize {
-        (u64::from(self.next()[0]) * n as u64 >> 32) as usize
+        ((u64::from(self.next()[0]) * n as u64) >> 32) as usize
     }
 
     /// About normal: the sum of four uniforms, deviation 1.
