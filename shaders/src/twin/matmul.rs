@@ -1,16 +1,18 @@
 //! Matrix products of block floating point operands.
 //!
 //! `out[m, n] = sat( sum over blocks of flush( sum of 32 products, -(EA + EB + F) ) )` in `FX(F)`.
-//! A term larger than `LIM / blocks` in magnitude is counted: with none of them no sum can leave
-//! its range, so a count of zero proves the result exact.
+//! A term larger than `LIM / blocks` in magnitude is counted, and so is one at `LIM` itself, where
+//! it may have been clamped: with none of them no term was changed and no sum can leave its range,
+//! so a count of zero proves the result exact.
 
 use super::{SHARE_FRACTION, Saturations, Segment, Site};
 use crate::bfp::{ACTIVATION_BITS, BLOCK, Bfp, WEIGHT_BITS, padded};
 use crate::x1::{LIM, flush, sat};
 
-/// Largest magnitude of a block term that cannot take a sum of `blocks` terms out of range.
+/// Largest magnitude of a block term that was not clamped and cannot take a sum of `blocks` terms
+/// out of range.
 pub const fn term_limit(blocks: usize) -> i32 {
-    LIM / if blocks == 0 { 1 } else { blocks as i32 }
+    if blocks <= 1 { LIM - 1 } else { LIM / blocks as i32 }
 }
 
 /// One output: row `m` of `a` (M, K) times row `n` of `b` (N, K), in `FX(f)`.

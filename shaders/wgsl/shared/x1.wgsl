@@ -67,9 +67,9 @@ fn flush4(d: vec4<i32>, s: vec4<i32>) -> vec4<i32> {
     return select(t << l, bound, abs(t) > limit);
 }
 
-// The largest block term that cannot take a sum of `blocks` terms out of range.
+// The largest block term that was not clamped and cannot take a sum of `blocks` terms out of range.
 fn term_limit(blocks: u32) -> i32 {
-    return LIM / i32(max(blocks, 1u));
+    return min(LIM / i32(max(blocks, 1u)), LIM - 1);
 }
 
 fn lo16(w: u32) -> i32 {
