@@ -195,6 +195,9 @@ fn seed_counts_when_a_weight_is_too_large() {
     assert_eq!([run(1 << 16, 1 << 12), run(0, 0), run(1 << 25, 0)], [0; 3]);
     assert!(run(LIM, 0) >= 1 && run(-LIM, 0) >= 1);
     assert!(run(0, LIM) >= 1);
+    // Within its range an entropy weight never clamps a slope, so slopes need no count.
+    let slope = i64::from(logits::T_MAX) * i64::from(logits::ENTROPY_WEIGHT_MAX) >> 16;
+    assert!(slope < i64::from(LIM));
 }
 
 #[test]

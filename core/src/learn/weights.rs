@@ -10,7 +10,7 @@
 //! u_it = round_half_even( c_i alpha ln 2                                 * 2^(16+S))
 //! ```
 //!
-//! as `i32`, clamped to `+-(2^30 - 1)` with a count. Never is a weight divided by a token count:
+//! as `i32`, clamped to `+-(2^30 - 1)`, `u` to `+-2^23`, with a count. Never is a weight divided by a token count:
 //! weights stay of order one, and the f64 `divisor` is applied by the optimizer to the integer sum.
 //! Masked tokens weigh 0. Importance weights multiply the policy term only, not KL or entropy.
 //!
@@ -18,6 +18,7 @@
 
 use std::f64::consts::LN_2;
 
+use manyhands_shaders::twin::logits::ENTROPY_WEIGHT_MAX;
 use manyhands_shaders::x1::LIM;
 use serde::{Deserialize, Serialize};
 
@@ -182,7 +183,7 @@ pub struct BatchStats {
     pub dropped_sequence_count: u64,
     /// Tokens chosen by Clip-Cov or KL-Cov.
     pub covariance_token_count: u64,
-    /// Weights that had to be clamped to `+-(2^30 - 1)`.
+    /// Weights that had to be clamped.
     pub clamped_weight_count: u64,
     /// Non-zero weights that were rounded to 0.
     pub vanished_weight_count: u64,
@@ -225,8 +226,9 @@ pub fn batch_weights(
         let entropy = rollout.entropies.map_or(0.0, |entropies| entropies[*t]);
         let beta = config.kl.beta;
         let weight = -(c * (policy.dloss_dlogprob + beta * kl.dvalue_dlogprob));
-        token_weights[*i][*t] = rounding.round(weight);
-        entropy_weights[*i][*t] = rounding.round(c * step.entropy_coefficient * LN_2);
+        token_weights[*i][*t] = rounding.round(weight, LIM);
+        entropy_weights[*i][*t] =
+            rounding.round(c * step.entropy_coefficient * LN_2, ENTROPY_WEIGHT_MAX);
 
         stats.policy_loss += c * policy.loss;
         stats.loss += c * (policy.loss + beta * kl.value - step.entropy_coefficient * entropy);
@@ -382,8 +384,8 @@ impl Rounding {
         Self { unit, clamped: 0, vanished: 0 }
     }
 
-    fn round(&mut self, weight: f64) -> i32 {
-        let limit = f64::from(LIM);
+    fn round(&mut self, weight: f64, limit: i32) -> i32 {
+        let limit = f64::from(limit);
         let rounded = (weight * self.unit).round_ties_even();
         self.clamped += u64::from(rounded.abs() > limit);
         self.vanished += u64::from(rounded == 0.0 && weight != 0.0);

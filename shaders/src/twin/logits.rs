@@ -10,6 +10,9 @@ use crate::x1::{bl64, exp2n, mulsh, mulsh_wide, sat};
 /// Largest `t` that is kept: beyond it the weight is 0.
 pub const T_MAX: i32 = 40 << 16;
 
+/// Largest entropy weight for which no slope `(center - t) u` can be clamped: `40 * 2^23 < LIM`.
+pub const ENTROPY_WEIGHT_MAX: i32 = 1 << 23;
+
 /// The softmax statistics of one row, all integers: what scalars the learner needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RowStats {
@@ -30,7 +33,8 @@ pub struct SeedRow {
     pub target: u32,
     /// Weight of `-log p(target)` in the loss, Q16 times the loss scale.
     pub weight: i32,
-    /// Weight of the entropy bonus, `alpha ln 2` in Q16 times the loss scale; 0 for none.
+    /// Weight of the entropy bonus, `alpha ln 2` in Q16 times the loss scale; 0 for none. At most
+    /// [`ENTROPY_WEIGHT_MAX`] in magnitude.
     pub entropy_weight: i32,
     /// `H / ln 2 - log2(Z 2^-23)` in `FX(16)`: the row's entropy relative to its largest logit.
     pub entropy_center: i32,

@@ -145,11 +145,11 @@ fn clip_cov_removes_the_policy_loss_only() {
 fn weights_round_half_to_even_and_count_losses() {
     let mut rounding = Rounding::new(0);
     let unit = 1.0 / 65536.0;
-    let got = [0.5, 1.5, 2.5, -0.5, -1.5, 0.0].map(|x| rounding.round(x * unit));
+    let got = [0.5, 1.5, 2.5, -0.5, -1.5, 0.0].map(|x| rounding.round(x * unit, LIM));
     assert_eq!(got, [0, 2, 2, 0, -2, 0]);
     assert_eq!((rounding.vanished, rounding.clamped), (2, 0));
     let top = f64::from(LIM) * unit;
-    assert_eq!([top, 1e9, -1e9].map(|x| rounding.round(x)), [LIM, LIM, -LIM]);
+    assert_eq!([top, 1e9, -1e9].map(|x| rounding.round(x, LIM)), [LIM, LIM, -LIM]);
     assert_eq!(rounding.clamped, 2);
 }
 
