@@ -90,6 +90,8 @@ pub fn run(args: &SampleArgs) -> Result<ExitCode> {
                     "prompt": prompt, "text": text, "tokens": completion.tokens,
                     "logprobs": logprobs, "correct": correct,
                 });
+                println!("{line}");
+            } else {
                 let verdict = correct.map_or("", |c| if c { "   (right)" } else { "   (wrong)" });
                 println!("{verdict}");
             }
