@@ -121,6 +121,7 @@ impl Tiles {
     /// Quantises f32 weights (R, C). Every step is exact in f64 (scaling by powers of two, then
     /// one rounding to nearest even), so the result is the same everywhere.
     /// Non-finite weights must have been refused before.
+    #[inline(always)] // for callers compiled for wider vectors
     pub fn quantize(weights: &[f32], rows: usize, cols: usize) -> Self {
         assert_eq!(weights.len(), rows * cols, "weights do not have the shape ({rows}, {cols})");
         let (row_tiles, col_tiles) = (rows.div_ceil(BLOCK), cols.div_ceil(BLOCK));
@@ -138,6 +139,7 @@ impl Tiles {
         out
     }
 
+    #[inline(always)]
     fn quantize_tile(&mut self, weights: &[f32], tr: usize, tc: usize) {
         let (rows, cols, stride) = (self.rows, self.cols, padded(self.cols));
         let c = tc * BLOCK..cols.min(tc * BLOCK + BLOCK);

@@ -90,7 +90,7 @@ fn read<E: Engine>(e: &E, record: &mut Record, name: &str, x: &E::Tensor) {
 }
 
 fn read_gradient<E: Engine>(e: &E, record: &mut Record, name: &str, x: &E::Gradient) {
-    record.push((name.into(), block_on(e.read_gradient(x)).expect("read")));
+    record.push((name.into(), block_on(e.read_gradient(x)).expect("read").into_owned()));
 }
 
 fn read_saturations<E: Engine>(e: &E, record: &mut Record, name: &str) {

@@ -190,7 +190,7 @@ async fn norm<E: Engine>(engine: &E) -> Result<String, EngineError> {
     let mut s = Section::new();
     s.i32s(&engine.read(&y).await?);
     s.i32s(&engine.read(&dh).await?);
-    s.u64s(engine.read_gradient(&grad).await?.into_iter().map(i64::cast_unsigned));
+    s.u64s(engine.read_gradient(&grad).await?.iter().map(|g| g.cast_unsigned()));
     s.saturations(engine.take_saturations().await?);
     Ok(s.finish())
 }

@@ -9,6 +9,7 @@ pub mod cpu;
 pub mod gpu;
 pub mod twin;
 
+use std::borrow::Cow;
 use std::future::Future;
 
 pub use manyhands_shaders::bfp::Tiles;
@@ -188,11 +189,11 @@ pub trait Engine {
     ) -> impl Future<Output = Result<Vec<(u32, RowStats)>, EngineError>>;
     /// Reads a tensor, for tests and tools.
     fn read(&self, x: &Self::Tensor) -> impl Future<Output = Result<Vec<i32>, EngineError>>;
-    /// Reads a gradient (unpadded, row-major).
-    fn read_gradient(
+    /// Reads a gradient (unpadded, row-major): borrowed if it is in this memory already.
+    fn read_gradient<'a>(
         &self,
-        grad: &Self::Gradient,
-    ) -> impl Future<Output = Result<Vec<i64>, EngineError>>;
+        grad: &'a Self::Gradient,
+    ) -> impl Future<Output = Result<Cow<'a, [i64]>, EngineError>>;
     /// The saturations since the last call, which starts a new tally.
     fn take_saturations(&self) -> impl Future<Output = Result<Saturations, EngineError>>;
 }

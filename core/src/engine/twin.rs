@@ -1,5 +1,6 @@
 //! The twin engine: every operation by the loops that define it. Slow, obvious, never tuned.
 
+use std::borrow::Cow;
 use std::sync::{Mutex, PoisonError};
 
 use manyhands_shaders::bfp::WEIGHT_BITS;
@@ -257,8 +258,8 @@ impl Engine for Twin {
         Ok(x.data.clone())
     }
 
-    async fn read_gradient(&self, grad: &Gradient) -> Result<Vec<i64>, EngineError> {
-        Ok(grad.data.clone())
+    async fn read_gradient<'a>(&self, grad: &'a Gradient) -> Result<Cow<'a, [i64]>, EngineError> {
+        Ok(Cow::Borrowed(&grad.data))
     }
 
     async fn take_saturations(&self) -> Result<Saturations, EngineError> {

@@ -19,6 +19,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::engine::cpu::{Path, simd};
 use crate::parallel;
 
 use super::config::{ConfigError, require};
@@ -246,9 +247,11 @@ impl AdamW {
 
 /// Sums of squares of a tensor's integer gradient, one a chunk of [`NORM_CHUNK`] elements.
 pub fn square_sums(gradient: &[i64]) -> Vec<f64> {
-    gradient.chunks(NORM_CHUNK).map(chunk_square_sum).collect()
+    let path = Path::best();
+    gradient.chunks(NORM_CHUNK).map(|chunk| chunk_square_sum(path, chunk)).collect()
 }
 
+simd! {
 /// Lane j sums elements j, j+8, ...; then the lanes are added from the first to the last.
 fn chunk_square_sum(chunk: &[i64]) -> f64 {
     let mut lanes = [0.0; LANES];
@@ -264,6 +267,7 @@ fn chunk_square_sum(chunk: &[i64]) -> f64 {
         *lane += g * g;
     }
     lanes.iter().sum()
+}
 }
 
 /// Updates any part of a tensor. All slices cover the same elements, `(n)`; `master` and both moments
@@ -281,6 +285,22 @@ pub fn update(
         master.len() == n && first_moment.len() == n && second_moment.len() == n,
         "an update's slices must have one length"
     );
+    update_run(Path::best(), plan, decays, gradient, master, first_moment, second_moment);
+}
+
+simd! {
+/// [`update`] of slices of one length.
+fn update_run(
+    plan: &UpdatePlan,
+    decays: bool,
+    gradient: &[i64],
+    master: &mut [f32],
+    first_moment: &mut [f32],
+    second_moment: &mut [f32],
+) {
+    let n = gradient.len();
+    let (master, first_moment, second_moment) =
+        (&mut master[..n], &mut first_moment[..n], &mut second_moment[..n]);
     let decay_factor = if decays { plan.decay_factor } else { 1.0 };
     let (gain1, gain2) = (1.0 - plan.beta1, 1.0 - plan.beta2);
     for i in 0..n {
@@ -293,6 +313,7 @@ pub fn update(
         second_moment[i] = v as f32;
         master[i] = x as f32;
     }
+}
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! The decoder, forward and backward, written once over [`Engine`].
 
+use std::borrow::Cow;
+
 use super::config::ModelConfig;
 use super::weights::{Gradients, LAYER_TENSORS, Parameter, Weights, shapes};
 use crate::engine::{Batch, Engine, EngineError, SeedRow};
@@ -242,6 +244,12 @@ impl<E: Engine> DeviceGradients<E> {
 
     /// Reads the sums in the canonical order.
     pub async fn read(&self, engine: &E) -> Result<Gradients, EngineError> {
+        let sums = self.view(engine).await?;
+        Ok(Gradients(sums.into_iter().map(Cow::into_owned).collect()))
+    }
+
+    /// As [`Self::read`], without a copy where the engine's memory is this one.
+    pub async fn view(&self, engine: &E) -> Result<Vec<Cow<'_, [i64]>>, EngineError> {
         let all = std::iter::once(&self.embedding)
             .chain(self.layers.iter().flatten())
             .chain(std::iter::once(&self.final_norm))
@@ -250,6 +258,6 @@ impl<E: Engine> DeviceGradients<E> {
         for gradient in all {
             out.push(engine.read_gradient(gradient).await?);
         }
-        Ok(Gradients(out))
+        Ok(out)
     }
 }

@@ -3,6 +3,7 @@
 use manyhands_shaders::bfp::Tiles;
 
 use super::config::ModelConfig;
+use crate::engine::cpu::{Path, simd};
 use crate::parallel;
 
 /// Name and shape of a parameter tensor. Gains have one row.
@@ -62,11 +63,18 @@ impl Parameter {
     /// Quantises f32 values of the given shape.
     pub fn quantize(shape: &Shape, values: &[f32]) -> Self {
         if shape.rows > 1 {
-            return Self::Matrix(Tiles::quantize(values, shape.rows, shape.cols));
+            return Self::Matrix(tiles(Path::best(), values, shape.rows, shape.cols));
         }
         // A gain is floor(v * 4096 + 1/2), kept below 2^18 (a gain of 64).
         let q12 = |v: &f32| (f64::from(*v) * 4096.0 + 0.5).floor().clamp(-262_143.0, 262_143.0);
         Self::Gain(values.iter().map(|v| q12(v) as i32).collect())
+    }
+}
+
+simd! {
+    /// [`Tiles::quantize`] with this machine's vectors.
+    fn tiles(values: &[f32], rows: usize, cols: usize) -> Tiles {
+        Tiles::quantize(values, rows, cols)
     }
 }
 

@@ -306,7 +306,7 @@ async fn learn<E: Engine>(
                 outcome.sampler_mismatch = outcome.sampler_mismatch.max((logprob(s) - p).abs());
             }
         }
-        let grads = grads.read(engine).await?;
+        let grads = grads.view(engine).await?;
 
         observer(Progress::Begins(Part::Update));
         // The seed differentiates with respect to logits / temperature.

@@ -53,7 +53,7 @@ pub(super) async fn step<E: Engine>(
     let scale = temperature_scale(1.0);
     let (engine, policy) = (trainer.engine, &trainer.policy);
     let stats = accumulate(engine, policy, &sequences, &seeds, scale, &mut grads, report).await?;
-    let grads = grads.read(engine).await?;
+    let grads = grads.view(engine).await?;
 
     let trained = |s: &&SeedRow| s.weight != 0;
     let trained_tokens = seeds.iter().flatten().filter(trained).count();

@@ -3,6 +3,7 @@
 //! A run is a pure function of its file. All that a step reads is in [`State`], and a state that
 //! was saved and loaded continues with the same bits.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
@@ -26,7 +27,7 @@ use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
 use crate::model::init::master_weights;
 use crate::model::tokenizer::EncodeError;
-use crate::model::weights::{Gradients, Weights, shapes};
+use crate::model::weights::{Weights, shapes};
 
 /// Why a step failed. The trainer may be between two updates then: go on from a checkpoint.
 #[derive(Debug, thiserror::Error)]
@@ -360,10 +361,10 @@ impl<'e, E: Engine> Trainer<'e, E> {
     pub(super) fn update(
         &mut self,
         config: &AdamWConfig,
-        grads: &Gradients,
+        grads: &[Cow<'_, [i64]>],
         scale: GradientScale,
     ) -> Result<UpdatePlan, OptimizerError> {
-        let slices: Vec<&[i64]> = grads.0.iter().map(Vec::as_slice).collect();
+        let slices: Vec<&[i64]> = grads.iter().map(AsRef::as_ref).collect();
         let plan = self.state.optimizer.step(config, scale, &slices)?;
         let master = self.state.optimizer.tensors.iter().map(|t| t.master.as_slice());
         let weights = Weights::quantize(&self.policy.config, &master.collect::<Vec<_>>());

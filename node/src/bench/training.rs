@@ -82,8 +82,8 @@ impl<'e, E: Engine> Loop<'e, E> {
         let (engine, decoder, scale) = (self.engine, &self.decoder, temperature_scale(1.0));
         let work = accumulate(engine, decoder, &sequences, &seeds, scale, &mut grads, |_| ());
         pollster::block_on(work)?;
-        let grads = pollster::block_on(grads.read(engine))?;
-        let slices: Vec<&[i64]> = grads.0.iter().map(Vec::as_slice).collect();
+        let grads = pollster::block_on(grads.view(engine))?;
+        let slices: Vec<&[i64]> = grads.iter().map(AsRef::as_ref).collect();
         let config = AdamWConfig { learning_rate: 3e-4, ..Default::default() };
         let divisor = self.workload.tokens() as f64;
         self.optimizer.step(&config, GradientScale { loss_scale_log2: 0, divisor }, &slices)?;

@@ -30,6 +30,7 @@ mod tables;
 mod weight_gradient;
 mod workers;
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use manyhands_shaders::bfp::WEIGHT_BITS;
@@ -41,6 +42,7 @@ pub use heads::{Cache, Queries};
 pub use norm::Norm;
 pub use operands::{Panels, Weight};
 pub use path::Path;
+pub(crate) use path::simd;
 
 use buffer::Pool;
 use gemm::{Output, matmul};
@@ -129,7 +131,7 @@ impl Engine for Cpu {
     }
 
     fn weight(&self, tiles: &Tiles) -> Weight {
-        Weight::new(&self.pool, tiles)
+        Weight::new(self, tiles)
     }
 
     fn gain(&self, gain: &[i32]) -> Vec<i32> {
@@ -270,8 +272,8 @@ impl Engine for Cpu {
         Ok(x.data.to_vec())
     }
 
-    async fn read_gradient(&self, grad: &Gradient) -> Result<Vec<i64>, EngineError> {
-        Ok(grad.data.to_vec())
+    async fn read_gradient<'a>(&self, grad: &'a Gradient) -> Result<Cow<'a, [i64]>, EngineError> {
+        Ok(Cow::Borrowed(&grad.data))
     }
 
     async fn take_saturations(&self) -> Result<Saturations, EngineError> {

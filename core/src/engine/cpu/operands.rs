@@ -1,13 +1,17 @@
 //! Operands of products in the layouts of [`super::kernel`].
+#![expect(unsafe_code, reason = "tiles are packed by several threads")]
 
 use std::sync::Arc;
 
 use manyhands_shaders::bfp::{BLOCK, Tiles, padded};
 
+use super::Cpu;
 use super::buffer::{Buffer, Pool};
 use super::kernel::{
     EXPONENT_SHIFT, PANEL, PANEL_BLOCK, PANEL_EXPONENTS, TILE, TILE_BLOCK, ZERO_EXPONENT,
 };
+use super::path::simd;
+use super::workers::Shared;
 
 /// A left operand (R, K): panels of 6 rows, each `[block][6][32]`.
 pub struct Panels {
@@ -79,38 +83,61 @@ pub struct Weight {
 
 impl Weight {
     /// Packs tiles.
-    pub(super) fn new(pool: &Arc<Pool>, t: &Tiles) -> Self {
+    pub(super) fn new(cpu: &Cpu, t: &Tiles) -> Self {
         let (row_tiles, col_tiles) = (t.rows.div_ceil(BLOCK), t.cols.div_ceil(BLOCK));
         let packed = |tiles: usize, blocks: usize| Packed {
             tiles,
             blocks,
-            mantissas: pool.take(tiles * blocks * TILE_BLOCK),
-            exponents: pool.take(tiles * blocks),
+            mantissas: cpu.pool.take(tiles * blocks * TILE_BLOCK),
+            exponents: cpu.pool.take(tiles * blocks),
         };
         let (mut forward, mut backward) =
             (packed(row_tiles, col_tiles), packed(col_tiles, row_tiles));
+        let (f, fe) = (Shared::new(&mut forward.mantissas), Shared::new(&mut forward.exponents));
+        let (b, be) = (Shared::new(&mut backward.mantissas), Shared::new(&mut backward.exponents));
         let stride = padded(t.cols);
-        for r in 0..row_tiles {
-            for c in 0..col_tiles {
-                let (f, b) = (r * col_tiles + c, c * row_tiles + r);
+        let tiles = row_tiles * col_tiles;
+        cpu.workers.ranges(tiles, 1, tiles * BLOCK * BLOCK / 2, |range| {
+            for i in range {
+                let (r, c) = (i / col_tiles, i % col_tiles);
+                let (at, back_at) = (i, c * row_tiles + r);
+                // SAFETY: each tile is visited once.
+                let (to, e, back, back_e) = unsafe {
+                    (
+                        f.part(at * TILE_BLOCK, TILE_BLOCK),
+                        fe.part(at, 1),
+                        b.part(back_at * TILE_BLOCK, TILE_BLOCK),
+                        be.part(back_at, 1),
+                    )
+                };
                 let from = &t.mantissas[r * BLOCK * stride + c * BLOCK..];
-                let to = &mut forward.mantissas[f * TILE_BLOCK..][..TILE_BLOCK];
-                let back = &mut backward.mantissas[b * TILE_BLOCK..][..TILE_BLOCK];
-                let mut any = 0;
-                for i in 0..BLOCK {
-                    for j in 0..BLOCK {
-                        let m = from[i * stride + j];
-                        any |= m;
-                        to[(j / 2 * TILE + i) * 2 + j % 2] = m;
-                        back[(i / 2 * TILE + j) * 2 + i % 2] = m;
-                    }
-                }
-                let e = i32::from(t.exponents[f]);
-                let e = if any == 0 { ZERO_EXPONENT } else { e << EXPONENT_SHIFT };
-                forward.exponents[f] = e;
-                backward.exponents[b] = e;
+                let is_zero = pack_tile(cpu.path, from, stride, to, back);
+                let exponent = i32::from(t.exponents[i]) << EXPONENT_SHIFT;
+                e[0] = if is_zero { ZERO_EXPONENT } else { exponent };
+                back_e[0] = e[0];
+            }
+        });
+        Self { rows: t.rows, cols: t.cols, forward, backward }
+    }
+}
+
+simd! {
+    /// Packs a tile, whose rows are `stride` apart, for both directions; whether it is zero.
+    fn pack_tile(from: &[i16], stride: usize, forward: &mut [i16], backward: &mut [i16]) -> bool {
+        let (forward, backward) = (forward.as_chunks_mut::<2>().0, backward.as_chunks_mut::<2>().0);
+        let mut any = 0;
+        for (p, back) in backward.chunks_exact_mut(TILE).enumerate() {
+            let [low, high] = [2 * p, 2 * p + 1].map(|i| &from[i * stride..][..BLOCK]);
+            for j in 0..BLOCK {
+                back[j] = [low[j], high[j]];
+                any |= low[j] | high[j];
             }
         }
-        Self { rows: t.rows, cols: t.cols, forward, backward }
+        for (i, row) in from.chunks(stride).take(BLOCK).enumerate() {
+            for (j, pair) in row[..BLOCK].as_chunks::<2>().0.iter().enumerate() {
+                forward[j * TILE + i] = *pair;
+            }
+        }
+        any == 0
     }
 }

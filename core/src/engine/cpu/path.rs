@@ -80,7 +80,7 @@ macro_rules! simd {
             target_arch = "x86_64",
             expect(unsafe_code, reason = "calls of functions compiled for detected instructions")
         )]
-        $vis fn $name(path: $crate::engine::cpu::path::Path, $($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name(path: $crate::engine::cpu::Path, $($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
             fn body($($arg: $ty),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
@@ -92,13 +92,13 @@ macro_rules! simd {
             match path {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: an engine holds a path only after `is_available`.
-                $crate::engine::cpu::path::Path::Avx512Vnni => unsafe { avx512($($arg),*) },
+                $crate::engine::cpu::Path::Avx512Vnni => unsafe { avx512($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
-                $crate::engine::cpu::path::Path::Avx2 => unsafe { avx2($($arg),*) },
+                $crate::engine::cpu::Path::Avx2 => unsafe { avx2($($arg),*) },
                 _ => body($($arg),*),
             }
         }
     };
 }
-pub(super) use simd;
+pub(crate) use simd;

@@ -1,5 +1,7 @@
 //! The trait's operations as dispatches.
 
+use std::borrow::Cow;
+
 use manyhands_shaders::bfp::{BLOCK, padded};
 use manyhands_shaders::twin::{ACTIVATION_FRACTION, rmsnorm::NormConstants};
 use manyhands_shaders::twin::{GRADIENT_FRACTION, SITE_COUNT};
@@ -326,7 +328,7 @@ impl Engine for Gpu {
         Ok(words.into_iter().map(u32::cast_signed).collect())
     }
 
-    async fn read_gradient(&self, grad: &Gradient) -> Result<Vec<i64>, EngineError> {
+    async fn read_gradient<'a>(&self, grad: &'a Gradient) -> Result<Cow<'a, [i64]>, EngineError> {
         let count = grad.rows * grad.cols;
         let low = self.recorder.read_words(&grad.low, count).await?;
         let high = self.recorder.read_words(&grad.high, count).await?;
