@@ -99,6 +99,8 @@ pub fn open_gpu(adapter: &wgpu::Adapter, constants: Constants) -> Result<Gpu> {
 
 /// The engine for a model with these constants. An adapter that fails the suite is never used.
 pub fn choose(choice: EngineChoice, threads: usize, constants: Constants) -> Result<AnyEngine> {
+    // The optimizer's threads; a pool that exists already (a second engine) stays as it is.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(thread_count(threads)).build_global();
     let cpu = |constants| {
         let cpu = Cpu::new(constants, thread_count(threads), None);
         Ok(AnyEngine::Cpu(Box::new(cpu)))

@@ -132,10 +132,12 @@ pub(super) fn steps(
     for workload in &workloads {
         for &threads in threads {
             let engine = Cpu::new(workload.model.constants(), threads, None);
+            // The optimizer takes the threads of the pool that it runs in.
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
             let mut training = Loop::new(&engine, workload);
             let (mut ours, mut theirs) = (Vec::new(), Vec::new());
             for _ in 0..rounds.div_ceil(2) {
-                ours.push(training.median(5)?);
+                ours.push(pool.install(|| training.median(5))?);
                 if let Some(peer) = peer {
                     theirs.push(peers::torch_step(peer, threads, &workload.name)?);
                 }

@@ -1,19 +1,13 @@
 //! Products of panels with packed weights.
 #![expect(unsafe_code, reason = "drives kernels over raw panels")]
 
-use manyhands_shaders::bfp::{ACTIVATION_BITS, Tiles};
-use manyhands_shaders::twin::attention::AttentionConstants;
-use manyhands_shaders::twin::rmsnorm::NormConstants;
-use manyhands_shaders::twin::rope::RopeTable;
 use manyhands_shaders::twin::{ACTIVATION_FRACTION, GRADIENT_FRACTION, Site};
 
 use super::kernel::{Count, Job, Kind, PANEL, TILE, bias, fast_limit, run};
-use super::operands::{Packed, Panels, Weight};
+use super::operands::{Packed, Panels};
 use super::path::{Path, simd};
 use super::scalar::sat;
 use super::workers::{Shared, Tally, Workers};
-use super::{Cpu, Tensor, quantize};
-use crate::engine::{Constants, Engine};
 
 /// What to do with a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,50 +122,4 @@ pub(super) fn matmul(
         tally.add(Site::Matmul, events.0);
         tally.add(Site::Residual, events.1);
     });
-}
-
-/// A product of generated operands, for benchmarks: (M, K) in 11 bits times (K, N) in 10 bits.
-pub struct Sample {
-    cpu: Cpu,
-    x: Tensor,
-    a: Panels,
-    w: Weight,
-    out: Tensor,
-}
-
-impl Sample {
-    /// Operands of ordinary magnitudes. `path` as in [`Cpu::new`].
-    pub fn new(m: usize, n: usize, k: usize, threads: usize, path: Option<Path>) -> Self {
-        let constants = Constants {
-            norm: NormConstants::new(k, 1e-5),
-            attention: AttentionConstants::new(1, 1, 2),
-            rope: RopeTable { half: 1, cos: vec![1 << 14], sin: vec![0] },
-        };
-        let cpu = Cpu::new(constants, threads, path);
-        let mut state = 1_u64;
-        let mut next = move || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            (state >> 40) as i32 - (1 << 23)
-        };
-        let data: Vec<i32> = (0..m * k).map(|_| next() >> 5).collect();
-        let weights: Vec<f32> = (0..n * k).map(|_| next() as f32 / (1 << 26) as f32).collect();
-        let x = cpu.tensor(&data, k);
-        let w = cpu.weight(&Tiles::quantize(&weights, n, k));
-        let a = quantize::rows(&cpu, &x, -ACTIVATION_FRACTION, ACTIVATION_BITS);
-        let out = cpu.tensor_of(m, n);
-        Self { cpu, x, a, w, out }
-    }
-
-    /// The product alone; returns one output, so that nothing is optimised away.
-    pub fn product(&mut self) -> i32 {
-        let (a, w) = (&self.a, &self.w.forward);
-        self.cpu.product(a, w, ACTIVATION_FRACTION, &mut self.out, Output::Store);
-        self.out.data[0]
-    }
-
-    /// Quantisation of the left operand from `FX(16)`, then the product.
-    pub fn quantize_and_product(&mut self) -> i32 {
-        self.a = quantize::rows(&self.cpu, &self.x, -ACTIVATION_FRACTION, ACTIVATION_BITS);
-        self.product()
-    }
 }

@@ -14,7 +14,7 @@ mod attention_backward;
 mod attention_loops;
 mod buffer;
 mod embedding;
-pub mod gemm;
+mod gemm;
 mod heads;
 mod kernel;
 mod logits;
