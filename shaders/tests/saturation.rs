@@ -196,7 +196,7 @@ fn seed_counts_when_a_weight_is_too_large() {
     assert!(run(LIM, 0) >= 1 && run(-LIM, 0) >= 1);
     assert!(run(0, LIM) >= 1);
     // Within its range an entropy weight never clamps a slope, so slopes need no count.
-    let slope = i64::from(logits::T_MAX) * i64::from(logits::ENTROPY_WEIGHT_MAX) >> 16;
+    let slope = (i64::from(logits::T_MAX) * i64::from(logits::ENTROPY_WEIGHT_MAX)) >> 16;
     assert!(slope < i64::from(LIM));
 }
 
