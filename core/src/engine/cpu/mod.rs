@@ -1,7 +1,7 @@
 //! The CPU engine: SIMD integer products, vectorised loops between them, threads.
 //!
 //! Bit-identical to [`super::twin::Twin`] in every output and every saturation count, for every
-//! [`Path`] and every number of threads. Start reading at [`kernel`] (the product and its layouts),
+//! [`Path`] and every number of threads. Start reading at `kernel` (the product and its layouts),
 //! then `gemm`, `weight_gradient` and `attention`. The other modules are one operation each.
 //!
 //! How exactness survives the speed: a value is either computed by integer instructions as its
