@@ -20,7 +20,7 @@ pub struct DemoArgs {
     /// Seed of the run.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Directory of the run [default: runs/demo-<seed>].
+    /// Directory of the run [default: runs/demo-SEED].
     #[arg(long)]
     dir: Option<PathBuf>,
     /// Write a summary to this file, as JSON.

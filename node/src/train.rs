@@ -37,7 +37,7 @@ static STOP: AtomicBool = AtomicBool::new(false);
 pub struct TrainArgs {
     /// The run file (TOML).
     run: PathBuf,
-    /// Directory of checkpoints and logs [default: runs/<name of the run>].
+    /// Directory of checkpoints and logs [default: runs/NAME].
     #[arg(long)]
     dir: Option<PathBuf>,
     /// Write a summary of the finished run to this file, as JSON.
