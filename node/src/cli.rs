@@ -56,6 +56,11 @@ pub fn run() -> Result<ExitCode> {
     }
 }
 
+/// How this program was called, for commands that a person can paste.
+pub fn program() -> String {
+    std::env::args().next().unwrap_or_else(|| "manyhands".into())
+}
+
 /// Default directory of runs.
 pub fn runs_dir() -> PathBuf {
     PathBuf::from("runs")

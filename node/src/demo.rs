@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use manyhands_core::run::report::{EvalReport, Phase};
 
-use crate::cli::{EngineArgs, runs_dir};
+use crate::cli::{EngineArgs, program, runs_dir};
 use crate::store::{RunDir, write_atomic};
 use crate::train::{LogLine, PLOT, parse_run, read_log, train};
 
@@ -36,7 +36,7 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     config.seed = args.seed;
     config.name = format!("demo-{}", args.seed);
     let dir = args.dir.clone().unwrap_or_else(|| runs_dir().join(&config.name));
-    let mut again = format!("manyhands demo --seed {}", args.seed);
+    let mut again = format!("{} demo --seed {}", program(), args.seed);
     if let Some(dir) = &args.dir {
         again += &format!(" --dir {}", dir.display());
     }
@@ -46,7 +46,7 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     println!("\n{}", table(&read_log(&store)?).unwrap_or_default());
     println!("weights   {}", summary.weights);
     println!("plot      {}", store.path(PLOT).display());
-    println!("try it    manyhands sample {}", dir.display());
+    println!("try it    {} sample {}", program(), dir.display());
     if let Some(path) = &args.json {
         write_atomic(path, &serde_json::to_vec_pretty(&summary)?)?;
     }

@@ -15,7 +15,7 @@ use manyhands_core::run::report::{EvalReport, Part, Phase, StepReport};
 use manyhands_core::run::trainer::{Evaluation, State, Trainer};
 use serde::{Deserialize, Serialize};
 
-use crate::cli::{EngineArgs, runs_dir};
+use crate::cli::{EngineArgs, program, runs_dir};
 use crate::store::{RunDir, read_bounded, write_atomic};
 use crate::view::{View, eval_line, phase_name};
 use crate::{engines, plot, with_engine};
@@ -109,11 +109,11 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
     let config = parse_run(&text).with_context(|| format!("in {}", args.run.display()))?;
     let dir = args.dir.clone().unwrap_or_else(|| runs_dir().join(&config.name));
     let base = args.run.parent().unwrap_or(Path::new("."));
-    let again = format!("manyhands train {}", args.run.display());
+    let again = format!("{} train {}", program(), args.run.display());
     let finished = train(&config, base, &dir, &args.engine, &again)?;
     let Some(summary) = finished else { return Ok(ExitCode::from(INTERRUPTED)) };
     println!("weights {}", summary.weights);
-    println!("sample from it: manyhands sample {}", dir.display());
+    println!("sample from it: {} sample {}", program(), dir.display());
     if let Some(path) = &args.json {
         write_atomic(path, &serde_json::to_vec_pretty(&summary)?)?;
     }
@@ -340,6 +340,8 @@ pub fn summary(lines: &[LogLine], weights: blake3::Hash) -> Summary {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     /// A run file that does not parse would greet every newcomer.
@@ -355,5 +357,22 @@ mod tests {
             count += 1;
         }
         assert!(count >= 3);
+    }
+
+    proptest! {
+        /// Whatever a run file holds, it is refused with a reason or it is valid.
+        #[test]
+        fn parse_run_never_panics(text in any::<String>(), at in any::<prop::sample::Index>(), len in 0_usize..40) {
+            let _ = parse_run(&text);
+            let mut broken = crate::demo::RUN.to_string();
+            let start = at.index(broken.len());
+            let end = broken.len().min(start + len);
+            if broken.is_char_boundary(start) && broken.is_char_boundary(end) {
+                broken.replace_range(start..end, &text);
+            }
+            if let Ok(config) = parse_run(&broken) {
+                prop_assert!(config.validate().is_ok());
+            }
+        }
     }
 }

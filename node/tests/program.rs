@@ -196,7 +196,7 @@ fn train_interrupted_saves_and_resumes() {
     assert!(Command::new("kill").args(["-INT", &id]).status().unwrap().success());
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(130), "{}", text(&output));
-    assert!(text(&output).contains("go on with: manyhands train run.toml"), "{}", text(&output));
+    assert!(text(&output).contains("manyhands train run.toml"), "{}", text(&output));
     let said = finish(train(workspace.path(), "interrupted"));
     assert!(said.contains("resuming"), "{said}");
     assert_eq!(weights(workspace.path()), expected);

@@ -8,7 +8,8 @@ use manyhands_core::engine::gpu::{MatmulVariant, TimedProduct};
 use manyhands_core::engine::{Constants, Engine, Tiles};
 use manyhands_core::model::config::ModelConfig;
 
-use super::{Row, Table, median, median_seconds, peers};
+use super::peers::{self, Kernels};
+use super::{Row, Table, median, median_seconds};
 use crate::{engines, tuning};
 
 /// M x N x K: squares, and the products of transformers at several row counts.
@@ -49,7 +50,8 @@ fn operands<E: Engine>(engine: &E, [m, n, k]: [usize; 3]) -> (E::Blocks, E::Weig
     (blocks, engine.weight(&Tiles::quantize(&w, n, k)))
 }
 
-/// The CPU engine's products, on every path, against OpenBLAS.
+/// The CPU engine's products against OpenBLAS: the best path at every number of threads, the AVX2
+/// path against OpenBLAS's AVX2 kernels, and each path once.
 pub(super) fn cpu(
     table: &mut Table,
     threads: &[usize],
@@ -57,35 +59,49 @@ pub(super) fn cpu(
     peer: Option<&Path>,
 ) -> Result<()> {
     for &threads in threads {
-        // Ours and the yardstick take turns, so that noise of the machine meets both.
-        let mut ours = vec![Vec::new(); SHAPES.len()];
-        let mut theirs = vec![Vec::new(); SHAPES.len()];
-        for _ in 0..rounds.div_ceil(2) {
-            for (shape, ours) in SHAPES.iter().zip(&mut ours) {
-                ours.push(product(threads, cpu::Path::best(), *shape));
-            }
-            if let Some(peer) = peer {
-                let seconds = peers::gemm(peer, threads, &SHAPES)?;
-                for (t, s) in theirs.iter_mut().zip(seconds) {
-                    t.push(s);
-                }
-            }
-        }
-        for ((shape, ours), theirs) in SHAPES.iter().zip(ours).zip(theirs) {
-            let ours = median(ours);
-            let theirs = (!theirs.is_empty()).then(|| median(theirs));
-            if let Some(seconds) = theirs {
-                row(table, *shape, threads, "openblas", "f32", seconds, None, "numpy");
-            }
-            let ratio = theirs.map(|t| t / ours);
-            let path = cpu::Path::best().to_string();
-            row(table, *shape, threads, "cpu", &path, ours, ratio, "against OpenBLAS f32");
-        }
+        compare(table, threads, cpu::Path::best(), rounds, peer.map(|p| (p, Kernels::Best)))?;
     }
     for path in cpu::Path::available() {
-        let shape = SHAPES[0];
-        let seconds = product(1, path, shape);
-        row(table, shape, 1, "cpu", &path.to_string(), seconds, None, "each path");
+        if path == cpu::Path::Avx2 && path != cpu::Path::best() {
+            compare(table, 1, path, rounds, peer.map(|p| (p, Kernels::Avx2)))?;
+        } else {
+            let seconds = product(1, path, SHAPES[0]);
+            row(table, SHAPES[0], 1, "cpu", &path.to_string(), seconds, None, "each path");
+        }
+    }
+    Ok(())
+}
+
+/// Ours and the yardstick take turns, so that noise of the machine meets both.
+fn compare(
+    table: &mut Table,
+    threads: usize,
+    path: cpu::Path,
+    rounds: usize,
+    peer: Option<(&Path, Kernels)>,
+) -> Result<()> {
+    let mut ours = vec![Vec::new(); SHAPES.len()];
+    let mut theirs = vec![Vec::new(); SHAPES.len()];
+    for _ in 0..rounds.div_ceil(2) {
+        for (shape, ours) in SHAPES.iter().zip(&mut ours) {
+            ours.push(product(threads, path, *shape));
+        }
+        if let Some((peer, kernels)) = peer {
+            let seconds = peers::gemm(peer, threads, &SHAPES, kernels)?;
+            for (t, s) in theirs.iter_mut().zip(seconds) {
+                t.push(s);
+            }
+        }
+    }
+    for ((shape, ours), theirs) in SHAPES.iter().zip(ours).zip(theirs) {
+        let ours = median(ours);
+        let theirs = (!theirs.is_empty()).then(|| median(theirs));
+        if let (Some(seconds), Some((_, kernels))) = (theirs, peer) {
+            let note = format!("numpy, {kernels:?} kernels");
+            row(table, *shape, threads, "openblas", "f32", seconds, None, &note);
+        }
+        let ratio = theirs.map(|t| t / ours);
+        row(table, *shape, threads, "cpu", &path.to_string(), ours, ratio, "against OpenBLAS f32");
     }
     Ok(())
 }
