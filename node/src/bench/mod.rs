@@ -115,6 +115,10 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     let mut table = Table { rows: Vec::new(), json: args.json };
     let wanted = |s: Section| args.sections.is_empty() || args.sections.contains(&s);
     let peer = args.peer.as_deref();
+    // First: the peak of a process includes all that it did before.
+    if wanted(Section::Memory) {
+        memory::run(&mut table, all)?;
+    }
     if wanted(Section::Products) {
         products::cpu(&mut table, &threads, args.rounds, peer)?;
     }
@@ -130,9 +134,6 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     }
     if wanted(Section::Scale) {
         training::scale(&mut table, all)?;
-    }
-    if wanted(Section::Memory) {
-        memory::run(&mut table, all)?;
     }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&table.rows)?);
