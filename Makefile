@@ -10,7 +10,7 @@ MANYHANDS := target/release/manyhands
 .PHONY: help build demo test lint unit wasm aarch64 tint bench clean
 
 help:
-	@echo "make demo   train a tiny model on this machine (about 6 minutes after the build)"
+	@echo "make demo   train a tiny model on this machine (about 2 minutes after the build)"
 	@echo "make test   every check and test: lints, engines, software Vulkan, wasm, aarch64, Tint"
 	@echo "make bench  measure speed and memory"
 
