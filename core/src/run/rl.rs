@@ -43,6 +43,26 @@ pub struct Sampled {
     pub useless: [u32; 2],
 }
 
+impl Sampled {
+    /// Whether every index, length and token fits: a checkpoint may come from anywhere.
+    pub(super) fn is_consistent(&self, vocabulary: usize, context: usize) -> bool {
+        let fits = |r: &Rollout| {
+            let n = r.tokens.len();
+            let tokens = r.prompt.iter().chain(&r.tokens);
+            let values = r.logprobs.iter().chain(&r.entropies).chain([&r.reward]);
+            !r.prompt.is_empty()
+                && n > 0
+                && r.prompt.len() + n <= context
+                && [r.logprobs.len(), r.entropies.len(), r.entropy_centers.len()] == [n; 3]
+                && tokens.copied().all(|t| (t as usize) < vocabulary)
+                && values.copied().all(f64::is_finite)
+        };
+        !self.groups.is_empty()
+            && self.groups.iter().all(|g| !g.is_empty() && g.iter().all(fits))
+            && self.kept.iter().all(|&g| g < self.groups.len())
+    }
+}
+
 /// Samples the groups of step `step` under the current policy, refilling as configured.
 async fn sample_step<E: Engine>(
     trainer: &Trainer<'_, E>,

@@ -219,6 +219,12 @@ impl State {
             serde_json::from_slice(file(STATE_FILE)?).map_err(|e| malformed(e.to_string()))?;
         scalars.config.validate().map_err(|e| malformed(e.to_string()))?;
         let model = scalars.config.model().map_err(|e| malformed(e.to_string()))?;
+        let fits = |s: &Sampled| {
+            s.is_consistent(model.vocabulary, model.context) && s.version <= scalars.update_count
+        };
+        if !scalars.pending.iter().all(fits) {
+            return Err(malformed("pending rollouts do not fit the model".into()));
+        }
         let mut floats = decode_floats(&model, file(OPTIMIZER_FILE)?)?;
         let mut group = |name: &str| {
             floats.remove(name).ok_or_else(|| CheckpointError::Tensor {
