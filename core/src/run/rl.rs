@@ -338,3 +338,36 @@ async fn learn<E: Engine>(
     }
     Ok(outcome)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A crafted checkpoint must not reach an index or a length that panics.
+    #[test]
+    fn sampled_that_does_not_fit_is_refused() {
+        let rollout = Rollout {
+            prompt: vec![1, 5],
+            tokens: vec![7, 2],
+            logprobs: vec![-0.5; 2],
+            entropies: vec![0.1; 2],
+            entropy_centers: vec![9; 2],
+            reward: 1.0,
+            ended: true,
+        };
+        let of = |groups, kept| Sampled { step: 0, version: 0, groups, kept, useless: [0; 2] };
+        let with = |change: fn(&mut Rollout)| {
+            let mut r = rollout.clone();
+            change(&mut r);
+            of(vec![vec![r]], vec![0]).is_consistent(8, 4)
+        };
+        assert!(with(|_| ()));
+        assert!(!with(|r| r.prompt.clear()));
+        assert!(!with(|r| r.tokens[0] = 8));
+        assert!(!with(|r| r.prompt.push(3)));
+        assert!(!with(|r| r.logprobs.truncate(1)));
+        assert!(!with(|r| r.entropies[0] = f64::NAN));
+        assert!(!of(vec![vec![rollout.clone()]], vec![1]).is_consistent(8, 4));
+        assert!(!of(vec![vec![]], vec![]).is_consistent(8, 4));
+    }
+}
