@@ -10,4 +10,5 @@ pub mod learn;
 pub mod model;
 mod parallel;
 pub mod run;
+pub mod swarm;
 pub mod tasks;

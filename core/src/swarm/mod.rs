@@ -1,0 +1,6 @@
+//! The swarm: units of work, who did them, and how everybody can check it.
+//!
+//! Pure: events and bytes in, effects and bytes out. Sockets, clocks and disks are `node`'s.
+
+pub mod ids;
+pub mod ledger;
