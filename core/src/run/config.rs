@@ -209,6 +209,11 @@ impl RunConfig {
         }
     }
 
+    /// Steps of all phases.
+    pub fn steps(&self) -> u64 {
+        self.sft.as_ref().map_or(0, |s| s.steps) + self.rl.as_ref().map_or(0, |s| s.steps)
+    }
+
     /// Checks everything that can be checked without reading other files.
     pub fn validate(&self) -> Result<(), RunConfigError> {
         let letters = self.name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
