@@ -1,17 +1,15 @@
-//! Computing [`Work`] on an engine, and computing it again to check it.
+//! Computing [`Work`] on an engine.
 
 use super::work::{Output, Values, Work};
 use crate::engine::{Batch, Engine, EngineError, RowStats, SeedRow};
 use crate::model::decoder::{Decoder, DeviceGradients};
-use crate::model::generate::{Completion, Request, Sampling, draw, generate};
+use crate::model::generate::{Completion, Request, Sampling, UNIT_SCALE, draw, generate};
 
 /// Rows (tokens) a micro-batch holds at most, unless a single sequence is longer. Sums are
 /// integers: how sequences are cut into micro-batches changes nothing but memory.
 pub const MICRO_BATCH_ROWS: usize = 4096;
 /// Sequences decoded at once.
 pub const SLOTS: usize = 512;
-/// Temperature scale of the statistics of greedy samples: temperature 1.
-const UNIT_SCALE: i32 = crate::model::generate::UNIT_SCALE;
 
 /// Computes `work`, which fits the decoder's model. `progress` is told tokens processed so far.
 pub async fn execute<E: Engine>(
@@ -35,6 +33,11 @@ pub async fn execute<E: Engine>(
                 true
             };
             Values::Samples(generate(engine, decoder, requests, &sampling, report).await?)
+        }
+        Work::Check { seed, temperature_scale, requests, claims } => {
+            let scale = *temperature_scale;
+            let checked = check(engine, decoder, *seed, scale, requests, claims, progress);
+            Values::Samples(checked.await?)
         }
         Work::Score { temperature_scale, sequences } => {
             let items = sequences.iter().map(|s| (s.tokens.as_slice(), s.first as usize));
@@ -64,38 +67,27 @@ pub async fn execute<E: Engine>(
     Ok(Output { saturations: engine.take_saturations().await?, values })
 }
 
-/// Computes `work` again, to be compared with `claimed`, which has passed [`Output::check`].
-///
-/// Claimed completions are not generated again: decoding equals the full forward pass bit for bit,
-/// so one prefill over prompt and completion recomputes every logit and draw. If a draw gives
-/// another token, the output differs from the claim there, which is all that an audit needs.
-pub async fn recompute<E: Engine>(
+/// Samples again what was claimed, by one prefill over prompt and claim.
+async fn check<E: Engine>(
     engine: &E,
     decoder: &Decoder<E>,
-    work: &Work,
-    claimed: &Output,
+    seed: u64,
+    temperature_scale: Option<i32>,
+    requests: &[Request],
+    claims: &[Vec<u32>],
     mut progress: impl FnMut(usize),
-) -> Result<Output, EngineError> {
-    let (Work::Sample { seed, temperature_scale, requests, .. }, Values::Samples(completions)) =
-        (work, &claimed.values)
-    else {
-        return execute(engine, decoder, work, progress).await;
-    };
-    engine.take_saturations().await?;
+) -> Result<Vec<Completion>, EngineError> {
     let mut out = Vec::with_capacity(requests.len());
-    let inputs = |(r, c): (&Request, &Completion)| {
-        [r.prompt.as_slice(), &c.tokens[..c.tokens.len() - 1]].concat()
-    };
-    let inputs: Vec<Vec<u32>> = requests.iter().zip(completions).map(inputs).collect();
+    let input = |(r, c): (&Request, &Vec<u32>)| [r.prompt.as_slice(), &c[..c.len() - 1]].concat();
+    let inputs: Vec<Vec<u32>> = requests.iter().zip(claims).map(input).collect();
     let mut done = 0;
     for range in micro_batches(inputs.iter().map(Vec::len)) {
         let batch = Batch::sequences(inputs[range.clone()].iter().map(Vec::as_slice));
         let (mut rows, mut draws) = (Vec::new(), Vec::new());
         for (segment, i) in batch.segments.iter().zip(range.clone()) {
-            let (request, count) = (&requests[i], completions[i].tokens.len());
-            let first = segment.first_row + request.prompt.len() - 1;
-            rows.extend((first..first + count).map(|row| row as u32));
-            let drawn = (0..count).map(|t| draw(*seed, request.stream, t as u32));
+            let first = segment.first_row + requests[i].prompt.len() - 1;
+            rows.extend((first..first + claims[i].len()).map(|row| row as u32));
+            let drawn = (0..claims[i].len()).map(|t| draw(seed, requests[i].stream, t as u32));
             draws.extend(drawn.map(|d| temperature_scale.map(|_| d)));
         }
         let longest = batch.segments.iter().map(|s| s.rows).max().unwrap_or(0);
@@ -103,15 +95,14 @@ pub async fn recompute<E: Engine>(
         let logits = decoder.logits(engine, &batch, &mut caches, &rows);
         let scale = temperature_scale.unwrap_or(UNIT_SCALE);
         let mut sampled = engine.sample(&logits, &draws, scale).await?.into_iter();
-        for completion in &completions[range] {
-            let count = completion.tokens.len();
-            let (tokens, stats) = sampled.by_ref().take(count).unzip();
+        for claim in &claims[range] {
+            let (tokens, stats) = sampled.by_ref().take(claim.len()).unzip();
             out.push(Completion { tokens, stats });
         }
         done += batch.rows();
         progress(done);
     }
-    Ok(Output { saturations: engine.take_saturations().await?, values: Values::Samples(out) })
+    Ok(out)
 }
 
 /// Ranges of sequences whose rows fit a micro-batch.

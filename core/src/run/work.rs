@@ -62,6 +62,19 @@ pub enum Work {
         /// Prompts and their streams of random draws.
         requests: Vec<Request>,
     },
+    /// Sample once more what somebody says was sampled: one prefill over prompt and claimed tokens
+    /// recomputes every logit and draw, because decoding equals the full forward pass. The output
+    /// is that of the sampling if and only if the claim is right.
+    Check {
+        /// Key of the generator.
+        seed: u64,
+        /// `None` takes the likeliest token.
+        temperature_scale: Option<i32>,
+        /// Prompts and their streams of random draws.
+        requests: Vec<Request>,
+        /// The claimed tokens of each request.
+        claims: Vec<Vec<u32>>,
+    },
     /// Statistics of every token from `first` on.
     Score {
         /// Temperature of the distribution.
@@ -111,7 +124,7 @@ impl Work {
     /// Number of items.
     pub fn items(&self) -> usize {
         match self {
-            Self::Sample { requests, .. } => requests.len(),
+            Self::Sample { requests, .. } | Self::Check { requests, .. } => requests.len(),
             Self::Score { sequences, .. } => sequences.len(),
             Self::Gradient { sequences, .. } => sequences.len(),
         }
@@ -129,6 +142,12 @@ impl Work {
                     requests: requests[items].to_vec(),
                 }
             }
+            Self::Check { seed, temperature_scale, requests, claims } => Self::Check {
+                seed: *seed,
+                temperature_scale: *temperature_scale,
+                requests: requests[items.clone()].to_vec(),
+                claims: claims[items].to_vec(),
+            },
             Self::Score { temperature_scale, sequences } => Self::Score {
                 temperature_scale: *temperature_scale,
                 sequences: sequences[items].to_vec(),
@@ -137,6 +156,22 @@ impl Work {
                 temperature_scale: *temperature_scale,
                 sequences: sequences[items].to_vec(),
             },
+        }
+    }
+
+    /// The work whose output is the same as this one's if `claimed` is right: itself, except for
+    /// samples, which are cheaper to check than to make.
+    pub fn audit(&self, claimed: &Output) -> Self {
+        match (self, &claimed.values) {
+            (Self::Sample { seed, temperature_scale, requests, .. }, Values::Samples(samples)) => {
+                Self::Check {
+                    seed: *seed,
+                    temperature_scale: *temperature_scale,
+                    requests: requests.clone(),
+                    claims: samples.iter().map(|c| c.tokens.clone()).collect(),
+                }
+            }
+            _ => self.clone(),
         }
     }
 
@@ -160,6 +195,16 @@ impl Work {
                     let length = r.prompt.len() + *max_new_tokens as usize;
                     require(!r.prompt.is_empty() && tokens(&r.prompt), "a prompt is no text")?;
                     require(length <= model.context, "a request is over the context")
+                })
+            }
+            Self::Check { temperature_scale, requests, claims, .. } => {
+                temperature_scale.map_or(Ok(()), scale)?;
+                require(requests.len() == claims.len(), "a claim is missing")?;
+                requests.iter().zip(claims).try_for_each(|(r, claim)| {
+                    let known = tokens(&r.prompt) && tokens(claim);
+                    require(known, "a token is outside the vocabulary")?;
+                    require(!r.prompt.is_empty() && !claim.is_empty(), "nothing to check")?;
+                    require(r.prompt.len() + claim.len() <= model.context, "a claim does not fit")
                 })
             }
             Self::Score { temperature_scale, sequences } => {
@@ -199,6 +244,9 @@ impl Work {
         match self {
             Self::Sample { requests, .. } => {
                 forward((requests[i].prompt.len() + sampled).saturating_sub(1))
+            }
+            Self::Check { requests, claims, .. } => {
+                forward(requests[i].prompt.len() + claims[i].len() - 1)
             }
             Self::Score { sequences, .. } => forward(sequences[i].tokens.len() - 1),
             // Two products of the backward pass for each of the forward pass.
@@ -251,6 +299,9 @@ impl Output {
                     require(c.stats.len() == c.tokens.len(), "statistics are missing")?;
                     c.stats.iter().try_for_each(row)
                 })
+            }
+            (Values::Samples(samples), Work::Check { requests, .. }) => {
+                require(samples.len() == requests.len(), "a completion is missing")
             }
             (Values::Scores(stats), Work::Score { sequences, .. }) => {
                 counts(stats, &mut sequences.iter().map(|s| s.tokens.len() - s.first as usize))

@@ -105,10 +105,12 @@ pub enum Entry {
         /// Whose it was.
         volunteer: PeerKey,
     },
-    /// The weights after a step.
+    /// New weights.
     Version {
         /// Steps of all phases behind these weights.
         ordinal: u64,
+        /// 0 after a step; within one, the number of its updates so far.
+        update: u32,
         /// Hash of the weights.
         weights: Hash,
         /// Blob that makes them from `base`.
@@ -117,6 +119,8 @@ pub enum Entry {
         delta_bytes: u64,
         /// Hash of the weights that the blob changes.
         base: Hash,
+        /// Blob that makes them from nothing, now and then.
+        full: Option<Hash>,
     },
     /// Every contributor to versions up to here has passed a later audit.
     Final {
@@ -127,6 +131,11 @@ pub enum Entry {
     RolledBack {
         /// Steps of all phases that still stand.
         ordinal: u64,
+    },
+    /// This coordination peer may go on with the run if this one is lost.
+    Follower {
+        /// Who.
+        coordinator: PeerKey,
     },
     /// The run is complete.
     Closed {
