@@ -4,3 +4,5 @@
 
 pub mod ids;
 pub mod ledger;
+pub mod packing;
+pub mod share;
