@@ -20,6 +20,8 @@ pub const BLOCK: usize = 128;
 pub const BLOCK_BYTES_MAX: usize = (HEADER_BITS as usize + BLOCK * (63 + 1 + 2)).div_ceil(8);
 
 const HEADER_BITS: u32 = 7;
+/// Bytes of the length in front of a part.
+const LENGTH_BYTES: usize = 8;
 /// Ones in a block are fewer than this: its parameter is at least the logarithm of half the mean.
 const ONES_MAX: u64 = 2 * BLOCK as u64;
 /// Bits that [`BitReader::peek`] always has.
@@ -159,33 +161,60 @@ impl<'a> Unpacker<'a> {
         Ok(())
     }
 
-    /// Checks that nothing follows the last block.
-    pub fn finish(self) -> Result<(), PackingError> {
-        let BitReader { bytes, at } = &self.reader;
-        match (bytes.len() as u64).checked_sub(at.div_ceil(8)) {
-            None => return Err(PackingError::Truncated),
-            Some(0) => {}
-            Some(rest) => return Err(PackingError::Trailing(rest)),
-        }
-        if at % 8 != 0 && self.reader.peek() != 0 {
+    /// The bytes after the last block.
+    pub fn rest(self) -> Result<&'a [u8], PackingError> {
+        let BitReader { bytes, at } = self.reader;
+        let end = usize::try_from(at.div_ceil(8)).unwrap_or(usize::MAX);
+        let Some((_, rest)) = bytes.split_at_checked(end) else {
+            return Err(PackingError::Truncated);
+        };
+        if at % 8 != 0 && bytes[end - 1] >> (at % 8) != 0 {
             return Err(PackingError::NotCanonical);
         }
-        Ok(())
+        Ok(rest)
+    }
+
+    /// Checks that nothing follows the last block.
+    pub fn finish(self) -> Result<(), PackingError> {
+        match self.rest()?.len() {
+            0 => Ok(()),
+            rest => Err(PackingError::Trailing(rest as u64)),
+        }
     }
 }
 
-/// Reads exactly `count` values and nothing else. Allocates eight bytes a value: the caller
+/// Reads `count` values; returns them and the bytes that follow. Allocates eight bytes a value,
+/// and nothing if so many values cannot be there; still, zeros are so short that the caller
 /// bounds `count`.
-pub fn unpack(bytes: &[u8], count: usize) -> Result<Vec<u64>, PackingError> {
-    // A block of 128 values takes at least seven bits.
-    if count.div_ceil(BLOCK) as u64 * u64::from(HEADER_BITS) > bytes.len() as u64 * 8 {
+pub fn unpack(bytes: &[u8], count: usize) -> Result<(Vec<u64>, &[u8]), PackingError> {
+    let bits = count.div_ceil(BLOCK) as u64 * u64::from(HEADER_BITS);
+    if bits > bytes.len() as u64 * 8 {
         return Err(PackingError::Truncated);
     }
     let mut values = vec![0; count];
     let mut unpacker = Unpacker::new(bytes);
     values.chunks_mut(BLOCK).try_for_each(|block| unpacker.block(block))?;
-    unpacker.finish()?;
-    Ok(values)
+    Ok((values, unpacker.rest()?))
+}
+
+/// Parts with their lengths in front, so that they can be read all at once.
+pub fn join(parts: &[Vec<u8>], out: &mut Vec<u8>) {
+    out.reserve(parts.iter().map(|p| p.len() + LENGTH_BYTES).sum());
+    parts.iter().for_each(|p| out.extend_from_slice(&(p.len() as u64).to_le_bytes()));
+    parts.iter().for_each(|p| out.extend_from_slice(p));
+}
+
+/// The `count` parts that [`join`] put together, or `None` if lengths and bytes do not agree.
+pub fn split(bytes: &[u8], count: usize) -> Option<Vec<&[u8]>> {
+    let (lengths, mut rest) = bytes.split_at_checked(count.checked_mul(LENGTH_BYTES)?)?;
+    let mut parts = Vec::with_capacity(count);
+    for length in lengths.as_chunks().0 {
+        let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
+        let part;
+        (part, rest) = rest.split_at_checked(length)?;
+        parts.push(part);
+    }
+    rest.is_empty().then_some(parts)
 }
 
 /// Bits out of bytes. Past the end all bits are 0, so that no loop over ones can run on.
@@ -259,104 +288,4 @@ impl BitReader<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn packed(values: &[u64]) -> Vec<u8> {
-        let mut out = vec![];
-        pack(values.iter().copied(), &mut out);
-        out
-    }
-
-    /// Values of every size, runs of zeros, lengths round a block.
-    fn values() -> impl Strategy<Value = Vec<u64>> {
-        let value = (0_u32..64, any::<u64>()).prop_map(|(shift, x)| x >> shift);
-        let small = (0_u64..4).prop_map(|x| x / 3);
-        let one_scale = (0_u32..64).prop_flat_map(|s| {
-            proptest::collection::vec(any::<u64>().prop_map(move |x| x >> s), 0..300)
-        });
-        prop_oneof![
-            proptest::collection::vec(value, 0..300),
-            proptest::collection::vec(small, 0..300),
-            one_scale,
-        ]
-    }
-
-    #[test]
-    fn zigzag_extremes_return() {
-        for x in [0, 1, -1, 2, -2, i64::MAX, i64::MIN] {
-            assert_eq!(unzigzag(zigzag(x)), x);
-        }
-        assert_eq!([0, -1, 1, -2].map(zigzag), [0, 1, 2, 3]);
-    }
-
-    /// The format, bit by bit: a change here is a change of every receipt.
-    #[test]
-    fn pack_known_values_has_these_bytes() {
-        assert_eq!(packed(&[]), [0_u8; 0]);
-        assert_eq!(packed(&[0; 128]), [0]);
-        assert_eq!(packed(&[0; 129]), [0, 0]);
-        // Mean 5, so k = 2 and q = 1 for all. Lowest bit first: header `1100000`, then 5 as
-        // `10` `10`, 6 as `10` `01`, 4 as `10` `00`.
-        assert_eq!(packed(&[5, 6, 4]), [0b1000_0011, 0b1100_1010, 0]);
-    }
-
-    #[test]
-    fn unpack_extreme_blocks_stay_within_their_bound() {
-        let mut lonely = vec![0; BLOCK];
-        lonely[77] = u64::MAX;
-        let mut few = vec![1; BLOCK];
-        few[0] = 127;
-        for block in [vec![u64::MAX; BLOCK], lonely, few, vec![u64::MAX], vec![1 << 63, 0]] {
-            let bytes = packed(&block);
-            assert!(bytes.len() <= BLOCK_BYTES_MAX, "{} bytes", bytes.len());
-            assert_eq!(unpack(&bytes, block.len()).unwrap(), block);
-        }
-    }
-
-    #[test]
-    fn unpack_foreign_bytes_names_the_fault() {
-        let bytes = packed(&[5, 6, 4]);
-        assert_eq!(unpack(&bytes[..2], 3), Err(PackingError::Truncated));
-        assert_eq!(unpack(&[&bytes[..], &[0]].concat(), 3), Err(PackingError::Trailing(1)));
-        assert_eq!(unpack(&[0x80], 128), Err(PackingError::NotCanonical), "padding");
-        assert_eq!(unpack(&[0x7f; 99], 1), Err(PackingError::NotCanonical), "header");
-        assert_eq!(unpack(&[1; 2], 1), Err(PackingError::NotCanonical), "zeros by a parameter");
-        let ones = [&[0x81][..], &[0xff; 99]].concat();
-        assert_eq!(unpack(&ones, 1), Err(PackingError::NotCanonical), "ones");
-        assert_eq!(unpack(&[], usize::MAX), Err(PackingError::Truncated), "claimed count");
-    }
-
-    proptest! {
-        #[test]
-        fn unpack_any_values_return(values in values()) {
-            let bytes = packed(&values);
-            prop_assert_eq!(unpack(&bytes, values.len()).unwrap(), values);
-        }
-
-        /// Two encodings of one sequence would let a receipt differ for equal results.
-        #[test]
-        fn unpack_flipped_bit_is_refused_or_is_another_sequence(
-            values in values(), at in any::<proptest::sample::Index>(),
-        ) {
-            let mut bytes = packed(&values);
-            prop_assume!(!bytes.is_empty());
-            let bit = at.index(bytes.len() * 8);
-            bytes[bit / 8] ^= 1 << (bit % 8);
-            if let Ok(other) = unpack(&bytes, values.len()) {
-                prop_assert_ne!(&other, &values);
-                prop_assert_eq!(packed(&other), bytes);
-            }
-        }
-
-        #[test]
-        fn unpack_any_bytes_is_refused_or_canonical(
-            bytes in proptest::collection::vec(any::<u8>(), 0..400), count in 0_usize..600,
-        ) {
-            if let Ok(values) = unpack(&bytes, count) {
-                prop_assert_eq!(packed(&values), bytes);
-            }
-        }
-    }
-}
+mod tests;
