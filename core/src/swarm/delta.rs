@@ -4,7 +4,7 @@
 //! delta    hash of the base (zeros: from nothing), hash of the result; length of every tensor's
 //!          bytes: u64 each; tensors
 //! gain     sequence of differences
-//! matrix   sequence of exponent differences, a tile each; then, for every [`SEGMENT`] values or
+//! matrix   sequence of exponent differences, a tile each; then, for every `SEGMENT` values or
 //!          so, in whole rows, a sequence of mantissa residuals
 //! sequence number of values that are not 0; then, if these are more than a quarter, all values,
 //!          else a gap and a lowest bit for each of them, and a sequence of what is left of them

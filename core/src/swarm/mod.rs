@@ -2,6 +2,8 @@
 //!
 //! Pure: events and bytes in, effects and bytes out. Sockets, clocks and disks are `node`'s.
 
+
+pub mod chunks;
 pub mod delta;
 pub mod ids;
 pub mod ledger;
