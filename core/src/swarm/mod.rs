@@ -2,7 +2,7 @@
 //!
 //! Pure: events and bytes in, effects and bytes out. Sockets, clocks and disks are `node`'s.
 
-
+pub mod chain;
 pub mod chunks;
 pub mod delta;
 pub mod ids;
