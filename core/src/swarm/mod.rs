@@ -2,5 +2,6 @@
 //!
 //! Pure: events and bytes in, effects and bytes out. Sockets, clocks and disks are `node`'s.
 
+pub mod chunks;
 pub mod ids;
 pub mod ledger;
