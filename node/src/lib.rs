@@ -12,6 +12,7 @@ pub mod doctor;
 pub mod engines;
 pub mod eval;
 pub mod identity;
+pub mod net;
 pub mod plot;
 pub mod sample;
 pub mod store;
