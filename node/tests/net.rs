@@ -191,9 +191,12 @@ async fn upload_that_stalls_is_closed_and_its_memory_goes_to_the_next() {
     let header = [&slow.0[..], &(80_u64 << 10).to_le_bytes(), &[1]].concat();
     stream.write_all(&header).await.unwrap();
     stream.flush().await.unwrap();
-    while server.net.traffic().results_in_bytes == 0 {
-        tokio::task::yield_now().await;
-    }
+    let arrived = async {
+        while server.net.traffic().results_in_bytes == 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, arrived).await.expect("the first byte never came");
     client.net.send_result(server.net.key(), slow, good.clone()).await.unwrap();
     assert_eq!(server.next_result().await, (liar.key, slow, Err(ResultFault::TooSlow)));
     assert_eq!(server.next_result().await, (client.net.key(), slow, Ok(good)));
@@ -201,7 +204,9 @@ async fn upload_that_stalls_is_closed_and_its_memory_goes_to_the_next() {
 
 #[tokio::test]
 async fn uploads_over_a_peers_slots_are_closed_at_once() {
-    let server = Node::start(1, TRANSPORTS[0], Limits::default()).await;
+    // Nothing else closes them before this test's patience ends.
+    let limits = Limits { grace: 2 * PATIENCE, ..Limits::default() };
+    let server = Node::start(1, TRANSPORTS[0], limits).await;
     let mut liar = Raw::connect(9, &server.net.addresses()).await;
     let mut held = Vec::new();
     for _ in 0..UPLOADS_A_PEER_MAX {
@@ -213,7 +218,8 @@ async fn uploads_over_a_peers_slots_are_closed_at_once() {
     }
     let mut stream = liar.open("/manyhands/result/1").await;
     let mut byte = [0];
-    assert!(!matches!(stream.read(&mut byte).await, Ok(1)), "answered");
+    let read = tokio::time::timeout(PATIENCE, stream.read(&mut byte)).await.expect("held open");
+    assert!(!matches!(read, Ok(1)), "answered");
 }
 
 #[tokio::test]

@@ -204,6 +204,7 @@ impl EventLoop {
                 result: Err(error),
                 peer,
             })) => {
+                // Also one that knows no pings: nobody would notice that it is dead.
                 tracing::debug!(%peer, %error, "closing a connection that does not answer pings");
                 self.swarm.close_connection(connection);
             }

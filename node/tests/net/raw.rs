@@ -2,34 +2,44 @@
 
 use futures::{AsyncReadExt, AsyncWriteExt, StreamExt};
 use libp2p::multiaddr::Multiaddr;
-use libp2p::swarm::SwarmEvent;
-use libp2p::{PeerId, Stream, StreamProtocol, SwarmBuilder, noise, tcp, yamux};
+use libp2p::swarm::{NetworkBehaviour, SwarmEvent};
+use libp2p::{PeerId, Stream, StreamProtocol, SwarmBuilder, noise, ping, tcp, yamux};
 use manyhands_core::swarm::chunks::ChunkList;
 use manyhands_core::swarm::ids::PeerKey;
 use manyhands_node::identity::Identity;
 
+/// A node closes connections of peers that do not answer pings.
+#[derive(NetworkBehaviour)]
+struct Behaviour {
+    streams: libp2p_stream::Behaviour,
+    ping: ping::Behaviour,
+}
+
 /// The peer, connected to one node.
-pub struct Raw {
-    pub key: PeerKey,
+pub(super) struct Raw {
+    pub(super) key: PeerKey,
     node: PeerId,
     control: libp2p_stream::Control,
 }
 
 impl Raw {
     /// Connects to a node by TCP.
-    pub async fn connect(seed: u8, addresses: &[Multiaddr]) -> Self {
+    pub(super) async fn connect(seed: u8, addresses: &[Multiaddr]) -> Self {
         let identity = Identity::from_seed([seed; 32]);
         let mut swarm = SwarmBuilder::with_existing_identity(identity.keypair())
             .with_tokio()
             .with_tcp(tcp::Config::default(), noise::Config::new, yamux::Config::default)
             .unwrap()
-            .with_behaviour(|_| libp2p_stream::Behaviour::new())
+            .with_behaviour(|_| Behaviour {
+                streams: libp2p_stream::Behaviour::new(),
+                ping: ping::Behaviour::default(),
+            })
             .unwrap()
             .with_swarm_config(|c| {
                 c.with_idle_connection_timeout(std::time::Duration::from_secs(60))
             })
             .build();
-        let control = swarm.behaviour().new_control();
+        let control = swarm.behaviour().streams.new_control();
         swarm.dial(addresses[0].clone()).unwrap();
         let node = loop {
             match swarm.select_next_some().await {
@@ -47,12 +57,12 @@ impl Raw {
     }
 
     /// Opens a stream to the node.
-    pub async fn open(&mut self, protocol: &'static str) -> Stream {
+    pub(super) async fn open(&mut self, protocol: &'static str) -> Stream {
         self.control.open_stream(self.node, StreamProtocol::new(protocol)).await.unwrap()
     }
 
     /// Serves the chunk list of one blob, and the chunks of another.
-    pub fn serve(&mut self, list_of: &[u8], chunks: Vec<u8>) {
+    pub(super) fn serve(&mut self, list_of: &[u8], chunks: Vec<u8>) {
         let list = ChunkList::of(list_of);
         let protocol = StreamProtocol::new("/manyhands/blob/1");
         let mut streams = self.control.accept(protocol).unwrap();
