@@ -5,3 +5,5 @@
 pub mod chunks;
 pub mod ids;
 pub mod ledger;
+pub mod scheduler;
+pub mod trust;
