@@ -12,6 +12,7 @@ pub mod engines;
 pub mod eval;
 pub mod plot;
 pub mod sample;
+pub mod storage;
 pub mod store;
 pub mod train;
 pub mod tuning;
