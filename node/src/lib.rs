@@ -10,6 +10,7 @@ pub mod demo;
 pub mod doctor;
 pub mod engines;
 pub mod eval;
+pub mod http;
 pub mod plot;
 pub mod sample;
 pub mod storage;
