@@ -8,6 +8,7 @@ pub mod bench;
 pub mod cli;
 pub mod demo;
 pub mod doctor;
+pub mod donor;
 pub mod engines;
 pub mod eval;
 pub mod http;

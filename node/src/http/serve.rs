@@ -24,7 +24,7 @@ pub const HEADER_BYTES_MAX: usize = 16 << 10;
 /// After an accept that failed for want of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// What a client gets that is one too many.
-const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: 68\r\nConnection: close\r\n\r\n{\"error\": \"too many connections are open; try again in a few minutes\"}";
+const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: 70\r\nConnection: close\r\n\r\n{\"error\": \"too many connections are open; try again in a few minutes\"}";
 
 /// Takes an address to listen on.
 pub async fn bind(address: SocketAddr) -> Result<TcpListener> {
