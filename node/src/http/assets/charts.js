@@ -88,7 +88,7 @@ function range(points, share) {
 }
 
 function axes(svg, { xs, ys, x, y, width, height, format }) {
-  for (const tick of ticks(ys[0], ys[1], 4)) {
+  for (const tick of ticks(ys[0], ys[1], 5)) {
     element(svg, "line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(tick), y2: y(tick) });
     element(svg, "text", { x: MARGIN.left - 6, y: y(tick) + 4, "text-anchor": "end" }, format(tick));
   }
