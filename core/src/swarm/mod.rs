@@ -4,4 +4,6 @@
 
 pub mod ids;
 pub mod ledger;
+pub mod scheduler;
 pub mod status;
+pub mod trust;
