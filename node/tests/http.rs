@@ -11,7 +11,7 @@ use axum::http::{HeaderMap, Request, Response, StatusCode};
 use futures::StreamExt;
 use manyhands_core::learn::weights::BatchStats;
 use manyhands_core::run::report::{EvalReport, PassReport, Phase, RlReport, StepReport};
-use manyhands_core::run::trainer::Evaluation;
+use manyhands_core::run::state::Evaluation;
 use manyhands_core::swarm::ids::{Hash, Signature};
 use manyhands_core::swarm::ledger::{Entry, Offence, Record};
 use manyhands_core::swarm::status::{Standing, Status, StatusEvent, VolunteerStatus};

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ledger::Offence;
 use crate::run::report::{Phase, StepReport};
-use crate::run::trainer::Evaluation;
+use crate::run::state::Evaluation;
 
 /// Longest [`VolunteerStatus::agent`], in characters. What a volunteer says about itself is cut.
 pub const AGENT_CHARS_MAX: usize = 64;

@@ -10,7 +10,7 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, Stream};
 use manyhands_core::run::report::StepReport;
-use manyhands_core::run::trainer::Evaluation;
+use manyhands_core::run::state::Evaluation;
 use manyhands_core::swarm::status::StatusEvent;
 use serde::Serialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast};

@@ -150,7 +150,7 @@ function showPanels(s) {
     ["Cost on top of useful work", percent(v.overhead_fraction)],
     ["Checks so far", `${whole(v.audits)}, ${whole(v.audits_failed)} failed`],
     ["Least chance that a unit is checked", percent(v.audit_probability_min)],
-    [`Chance that a cheat survives ${whole(v.survival_units)} units`, chance(v.survival_probability)],
+    [`Chance that a cheat survives ${whole(v.survival_units)} units`, v.survival_units ? chance(v.survival_probability) : null],
     ["Expelled, units taken out again", `${whole(v.expelled)}, ${whole(v.voided)}`],
   ]);
   list("versions", [
