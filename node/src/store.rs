@@ -14,7 +14,7 @@ use manyhands_core::checkpoint::{
 };
 use manyhands_core::model::weights::Weights;
 use manyhands_core::run::config::RunConfig;
-use manyhands_core::run::trainer::State;
+use manyhands_core::run::state::State;
 
 /// Largest checkpoint file that is read.
 const FILE_BYTES_MAX: u64 = 64 << 30;

@@ -10,9 +10,11 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use manyhands_core::engine::Engine;
 use manyhands_core::run::config::RunConfig;
+use manyhands_core::run::pipeline::Advanced;
 use manyhands_core::run::problems::Problems;
-use manyhands_core::run::report::{EvalReport, Part, Phase, StepReport};
-use manyhands_core::run::trainer::{Evaluation, State, Trainer};
+use manyhands_core::run::report::{Part, Phase, StepReport};
+use manyhands_core::run::state::{Evaluation, State};
+use manyhands_core::run::trainer::Trainer;
 use serde::{Deserialize, Serialize};
 
 use crate::cli::{EngineArgs, program, runs_dir};
@@ -213,87 +215,59 @@ fn ordinal(state: &State) -> u64 {
     state.phase as u64 * 1_000_000_000 + state.step
 }
 
-/// Whether the state should be evaluated before it goes on.
-fn evaluation_due(trainer: &Trainer<'_, impl Engine>) -> bool {
-    let (state, every) = (&trainer.state, trainer.config.eval.every);
-    let boundary = match state.phase {
-        Phase::Sft => false,
-        Phase::Rl => state.step == 0,
-        Phase::Done => true,
-    };
-    let periodic = every > 0 && state.step > 0 && state.step.is_multiple_of(every);
-    let last = state.evaluations.last().map(|e| (e.phase, e.step));
-    let complete = state.phase != Phase::Done && state.step >= trainer.phase_steps();
-    (boundary || (periodic && !complete)) && last != Some((state.phase, state.step))
-}
-
 /// The loop. Returns the final hash, or `None` when interrupted.
 fn run_trainer<E: Engine>(
     mut trainer: Trainer<'_, E>,
     store: &RunDir,
 ) -> Result<Option<blake3::Hash>> {
     let mut view = View::new();
-    let model = trainer.config.model()?;
-    let every = trainer.config.checkpoint.every;
-    let mut shown = None;
-    let save = |trainer: &Trainer<'_, E>| {
-        let (manifest, files) = trainer.state.save(&trainer.config, &model);
-        store.save(ordinal(&trainer.state), &manifest, &files, trainer.config.checkpoint.keep)
+    let model = trainer.pipeline.model().clone();
+    let config = trainer.pipeline.config.clone();
+    let save = |state: &State| {
+        let (manifest, files) = state.save(&config, &model);
+        store.save(ordinal(state), &manifest, &files, config.checkpoint.keep)
     };
+    let mut started = Instant::now();
+    view.phase(trainer.state().phase, trainer.state().step, trainer.pipeline.phase_steps());
     loop {
-        if shown != Some(trainer.state.phase) {
-            view.phase(trainer.state.phase, trainer.state.step, trainer.phase_steps());
-            shown = Some(trainer.state.phase);
-        }
         if STOP.load(Ordering::SeqCst) {
             view.finish();
-            save(&trainer)?;
+            save(trainer.state())?;
             return Ok(None);
         }
-        if evaluation_due(&trainer) {
-            let report = evaluate(&mut trainer, store, &mut view)?;
-            view.say(&eval_line(&report));
-            save(&trainer)?;
-        }
-        if trainer.state.phase == Phase::Done {
-            view.finish();
-            save(&trainer)?;
-            return Ok(Some(trainer.weights_hash()));
-        }
-        let started = Instant::now();
-        let steps = trainer.phase_steps();
-        let step = pollster::block_on(trainer.step(&mut |p| view.observe(p)));
-        let step = step.context(
+        let advanced = pollster::block_on(trainer.advance(&mut |p| view.observe(p)));
+        let advanced = advanced.context(
             "training stopped; the last checkpoint is whole, start again to resume from it",
         )?;
-        let Some(report) = step else {
-            save(&trainer)?;
-            continue;
-        };
-        let tokens = (report.trained_tokens + report.sampled_tokens) as f64;
-        let tokens_per_second = tokens / started.elapsed().as_secs_f64();
-        view.step(&report, steps, tokens_per_second);
+        let elapsed = started.elapsed().as_secs_f64();
+        started = Instant::now();
         let seconds = view.take_seconds();
-        store
-            .append(LOG, &LogLine::Step { report: Box::new(report), seconds, tokens_per_second })?;
-        if trainer.state.step.is_multiple_of(every) {
-            save(&trainer)?;
+        match advanced {
+            None => {
+                view.finish();
+                save(trainer.state())?;
+                return Ok(Some(trainer.weights_hash()));
+            }
+            Some(Advanced::Phase(phase)) => {
+                view.phase(phase, 0, trainer.pipeline.phase_steps());
+                save(trainer.state())?;
+            }
+            Some(Advanced::Evaluation(evaluation)) => {
+                view.say(&eval_line(&evaluation.report));
+                store.append(LOG, &LogLine::Eval { evaluation, seconds: elapsed })?;
+                save(trainer.state())?;
+            }
+            Some(Advanced::Step(report)) => {
+                let tokens = (report.trained_tokens + report.sampled_tokens) as f64;
+                let tokens_per_second = tokens / elapsed;
+                view.step(&report, trainer.pipeline.phase_steps(), tokens_per_second);
+                store.append(LOG, &LogLine::Step { report, seconds, tokens_per_second })?;
+                if trainer.state().step.is_multiple_of(config.checkpoint.every) {
+                    save(trainer.state())?;
+                }
+            }
         }
     }
-}
-
-fn evaluate<E: Engine>(
-    trainer: &mut Trainer<'_, E>,
-    store: &RunDir,
-    view: &mut View,
-) -> Result<EvalReport> {
-    let started = Instant::now();
-    let report = pollster::block_on(trainer.evaluate(&mut |p| view.observe(p)))?;
-    view.take_seconds();
-    let evaluation = trainer.state.evaluations.last().cloned().context("just evaluated")?;
-    let (evaluation, seconds) = (Box::new(evaluation), started.elapsed().as_secs_f64());
-    store.append(LOG, &LogLine::Eval { evaluation, seconds })?;
-    Ok(report)
 }
 
 /// What a log adds up to.

@@ -9,9 +9,11 @@ use manyhands_core::engine::Engine;
 use manyhands_core::engine::cpu::Cpu;
 use manyhands_core::engine::twin::Twin;
 use manyhands_core::run::config::RunConfig;
+use manyhands_core::run::pipeline::Advanced;
 use manyhands_core::run::problems::Problems;
-use manyhands_core::run::report::{Phase, RlReport, StepReport};
-use manyhands_core::run::trainer::{State, Trainer};
+use manyhands_core::run::report::{RlReport, StepReport};
+use manyhands_core::run::state::State;
+use manyhands_core::run::trainer::Trainer;
 use pollster::block_on;
 
 /// Every part of the state: two phases, lag, mini-batches, a KL term, resets that clear the
@@ -53,6 +55,7 @@ overlong = { length_max = 6, buffer = 3 }
 problems = 4
 samples = 4
 k = [1, 4]
+every = 3
 "#;
 
 /// Reinforcement learning without lag: one version samples, scores and trains.
@@ -115,21 +118,23 @@ fn fresh(config: &RunConfig) -> State {
     State::new(config, &config.model().unwrap())
 }
 
+/// Goes on to the next step's report; `None` when the run is done.
 fn step<E: Engine>(trainer: &mut Trainer<'_, E>) -> Option<StepReport> {
-    block_on(trainer.step(&mut |_| {})).unwrap()
+    loop {
+        match block_on(trainer.advance(&mut |_| {})).unwrap()? {
+            Advanced::Step(report) => return Some(*report),
+            Advanced::Evaluation(_) | Advanced::Phase(_) => {}
+        }
+    }
 }
 
 /// Steps until the run is done.
 fn finish<E: Engine>(trainer: &mut Trainer<'_, E>) -> Vec<StepReport> {
-    let mut reports = Vec::new();
-    while trainer.state.phase != Phase::Done {
-        reports.extend(step(trainer));
-    }
-    reports
+    std::iter::from_fn(|| step(trainer)).collect()
 }
 
 fn files(trainer: &Trainer<'_, impl Engine>) -> BTreeMap<String, Vec<u8>> {
-    trainer.state.save(&trainer.config, &trainer.config.model().unwrap()).1
+    trainer.state().save(&trainer.pipeline.config, trainer.pipeline.model()).1
 }
 
 fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
@@ -157,7 +162,7 @@ fn policy_that_guesses(config: &RunConfig) -> State {
     let mut trainer = start(&engine, &sft, guess, fresh(&sft));
     finish(&mut trainer);
     let mut state = fresh(config);
-    for (to, from) in state.optimizer.tensors.iter_mut().zip(&trainer.state.optimizer.tensors) {
+    for (to, from) in state.optimizer.tensors.iter_mut().zip(&trainer.state().optimizer.tensors) {
         to.master.clone_from(&from.master);
     }
     if state.reference.is_some() {
@@ -221,7 +226,8 @@ fn state_reloaded_at_every_boundary_continues_with_the_same_bits() {
     let mut broken = start(&engine, &config, problems.clone(), fresh(&config));
     let mut reports = Vec::new();
     let mut boundary = 0;
-    while whole.state.phase != Phase::Done {
+    loop {
+        assert!(whole.pipeline.is_at_boundary());
         let saved = files(&broken);
         for (name, bytes) in files(&whole) {
             if let Some(i) = first_difference(&saved[&name], &bytes) {
@@ -236,17 +242,18 @@ fn state_reloaded_at_every_boundary_continues_with_the_same_bits() {
         let (read, state) = State::load(&saved).unwrap();
         assert_eq!(read, config);
         broken = start(&engine, &read, problems.clone(), state);
-        if boundary % 4 == 3 {
-            let evaluation = block_on(whole.evaluate(&mut |_| {})).unwrap();
-            assert_eq!(block_on(broken.evaluate(&mut |_| {})).unwrap(), evaluation);
-        }
         let report = step(&mut whole);
         assert_eq!(step(&mut broken), report, "boundary {boundary}");
+        if report.is_none() {
+            break;
+        }
         reports.extend(report);
         boundary += 1;
     }
+    assert_eq!(broken.state().evaluations, whole.state().evaluations);
+    assert_eq!(whole.state().evaluations.len(), 9 + 2 + 1, "every third step, and the end");
     assert_eq!(broken.weights_hash(), whole.weights_hash());
-    assert_eq!(boundary, 30 + 6 + 2);
+    assert_eq!(boundary, 30 + 6);
     let learnt: Vec<&RlReport> = reports.iter().filter_map(|r| r.rl.as_ref()).collect();
     assert!(learnt.iter().any(|r| r.reward > 0.0), "nothing was learnt from");
     assert!(learnt.iter().any(|r| r.policy_lag > 0), "no lag");
@@ -298,14 +305,10 @@ fn to_the_first_reset<'e>(
     engine: &'e Cpu,
     config: &RunConfig,
     state: State,
-    evaluate: bool,
 ) -> (Trainer<'e, Cpu>, Vec<StepReport>) {
     let mut trainer = start(engine, config, problems(config, |_| 3), state);
     let mut reports = Vec::new();
     loop {
-        if evaluate {
-            block_on(trainer.evaluate(&mut |_| {})).unwrap();
-        }
         let report = step(&mut trainer).expect("a reset comes before the run ends");
         let is_reset = rl(&report).reset.is_some();
         reports.push(report);
@@ -318,24 +321,25 @@ fn to_the_first_reset<'e>(
 /// ProRL v1 clears the optimizer with the reference, v2 keeps it; both start at KL 0.
 #[test]
 fn reset_moves_the_reference_and_clears_or_keeps_the_optimizer() {
-    for (version, reset, reason, evaluate) in [
-        (1, "every_steps = 3\nreset_optimizer = true", "schedule", false),
-        (2, "every_steps = 3", "schedule", false),
-        (1, "stalled = { patience = 2, min_delta = 1.0 }\nreset_optimizer = true", "stalled", true),
-        (2, "every_steps = 19\nkl_above = 1e-9", "kl", false),
+    for (version, reset, reason) in [
+        (1, "every_steps = 3\nreset_optimizer = true", "schedule"),
+        (2, "every_steps = 3", "schedule"),
+        (1, "stalled = { patience = 2, min_delta = 1.0 }\nreset_optimizer = true", "stalled"),
+        (2, "every_steps = 19\nkl_above = 1e-9", "kl"),
     ] {
         let name = format!("v{version} by {reason}");
-        let text = ON_POLICY.replace("[eval]", &format!("[rl.learn.reset]\n{reset}\n[eval]"));
+        let reset = format!("[rl.learn.reset]\n{reset}\n[eval]\nevery = 1");
+        let text = ON_POLICY.replace("[eval]", &reset);
         let config = config(&text);
         let engine = cpu(&config, 2);
         let state = policy_that_guesses(&config);
         let begin = state.master();
-        let (mut trainer, reports) = to_the_first_reset(&engine, &config, state, evaluate);
+        let (mut trainer, reports) = to_the_first_reset(&engine, &config, state);
         assert_eq!(rl(&reports[0]).batch.kl, 0.0, "{name}: the reference is the start");
         assert_eq!(rl(reports.last().unwrap()).reset.as_deref(), Some(reason), "{name}");
         assert!(rl(reports.last().unwrap()).batch.kl > 0.0, "{name}: the policy has moved");
 
-        let state = &trainer.state;
+        let state = trainer.state();
         assert_ne!(state.master(), begin, "{name}");
         assert_eq!(state.reference, Some(state.master()), "{name}");
         let optimizer = &state.optimizer;

@@ -4,12 +4,13 @@
 //! not on the batch it shared, not on the number of slots.
 
 use manyhands_shaders::x1::philox;
+use serde::{Deserialize, Serialize};
 
 use super::decoder::Decoder;
 use crate::engine::{Batch, Engine, EngineError, RowStats};
 
 /// One completion to sample.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
     /// Prompt tokens, at least one.
     pub prompt: Vec<u32>,
@@ -117,7 +118,7 @@ pub async fn generate<E: Engine>(
 }
 
 /// Temperature scale of the statistics when sampling is greedy: temperature 1.
-const UNIT_SCALE: i32 = 24_204_406;
+pub(crate) const UNIT_SCALE: i32 = 24_204_406;
 
 #[cfg(test)]
 mod tests {

@@ -9,7 +9,7 @@ use crate::model::tokenizer::ASCII_VOCABULARY;
 use crate::tasks::{Family, LEVEL_MAX};
 
 /// A whole run. In TOML: `name`, `seed`, `[model]`, `[[task]]`, `[sft]`, `[rl]`, `[eval]`,
-/// `[checkpoint]`.
+/// `[checkpoint]`, `[swarm]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunConfig {
@@ -33,6 +33,9 @@ pub struct RunConfig {
     /// When the state is saved.
     #[serde(default)]
     pub checkpoint: CheckpointSection,
+    /// How work is shared and verified; changes no bit of the result.
+    #[serde(default)]
+    pub swarm: SwarmSection,
 }
 
 /// A preset, or a shape of one's own.
@@ -147,6 +150,52 @@ impl Default for EvalSection {
     }
 }
 
+/// Sharing work with volunteers, and verifying it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SwarmSection {
+    /// Seconds that a unit of work should take a volunteer.
+    pub unit_seconds: f64,
+    /// Valid units in a row before a volunteer is trusted; until then every unit is audited
+    /// before it counts.
+    pub newcomer_audits: u32,
+    /// Lowest probability that a unit of a trusted volunteer is audited. Above it the probability
+    /// is one in the number of valid audits in a row.
+    pub audit_probability_min: f64,
+    /// Share of the audits done by other volunteers that the coordination peer does once more.
+    pub audit_the_auditors: f64,
+    /// Seconds without a sign of life after which a volunteer's units are given to others.
+    pub silence_seconds: f64,
+}
+
+impl Default for SwarmSection {
+    fn default() -> Self {
+        Self {
+            unit_seconds: 10.0,
+            newcomer_audits: 10,
+            audit_probability_min: 0.02,
+            audit_the_auditors: 0.1,
+            silence_seconds: 30.0,
+        }
+    }
+}
+
+impl SwarmSection {
+    fn validate(&self) -> Result<(), RunConfigError> {
+        let within = |key: &str, value: f64, low: f64, high: f64| {
+            if (low..=high).contains(&value) {
+                return Ok(());
+            }
+            error(&format!("swarm.{key}"), format!("{value} is outside {low} to {high}"))
+        };
+        within("unit_seconds", self.unit_seconds, 0.05, 600.0)?;
+        within("newcomer_audits", f64::from(self.newcomer_audits), 1.0, 1e6)?;
+        within("audit_probability_min", self.audit_probability_min, 0.0, 1.0)?;
+        within("audit_the_auditors", self.audit_the_auditors, 0.0, 1.0)?;
+        within("silence_seconds", self.silence_seconds, 1.0, 3600.0)
+    }
+}
+
 /// Saving the state.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -209,6 +258,11 @@ impl RunConfig {
         }
     }
 
+    /// Steps of all phases.
+    pub fn steps(&self) -> u64 {
+        self.sft.as_ref().map_or(0, |s| s.steps) + self.rl.as_ref().map_or(0, |s| s.steps)
+    }
+
     /// Checks everything that can be checked without reading other files.
     pub fn validate(&self) -> Result<(), RunConfigError> {
         let letters = self.name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
@@ -238,6 +292,7 @@ impl RunConfig {
             rl.validate(&model)?;
         }
         self.eval.validate()?;
+        self.swarm.validate()?;
         within("checkpoint.keep", self.checkpoint.keep, 1, 1000)?;
         if self.checkpoint.every == 0 {
             return error("checkpoint.every", "must be at least 1");

@@ -5,23 +5,122 @@ use std::collections::BTreeMap;
 use manyhands_shaders::twin::logits::temperature_scale;
 
 use super::config::EvalSection;
+use super::execute::execute;
 use super::problems::{Drawn, Problems};
 use super::report::{EvalReport, PassReport};
-use super::rollout::{Rollout, RolloutError, roll_out};
-use crate::engine::Engine;
+use super::rollout::{Rollout, RolloutError, prompt_tokens};
+use super::work::{Output, Values, Work};
+use crate::engine::{Engine, EngineError};
 use crate::learn::passk::{ProblemResult, answer_variety, mean_pass_at_k};
 use crate::learn::scalar::mean;
+use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
-use crate::model::generate::Sampling;
+use crate::model::generate::Request;
 use crate::model::tokenizer::{END, decode};
 use crate::tasks::{Split, final_answer};
 
-/// Sequences decoded at once.
-pub const SLOTS: usize = 256;
 /// Marks the random streams of evaluation, apart from those of training.
 const STREAM: u32 = 1 << 24;
 
-/// Evaluates a policy. `progress` is told tokens sampled so far.
+/// An evaluation could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum EvaluateError {
+    /// A problem does not fit.
+    #[error(transparent)]
+    Rollout(#[from] RolloutError),
+    /// The engine failed.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+}
+
+/// The held-out problems of an evaluation.
+#[derive(Clone, Debug)]
+pub struct Examination {
+    drawn: Vec<Drawn>,
+    config: EvalSection,
+}
+
+impl Examination {
+    /// Draws the problems, and says what must be sampled: `samples` completions of each in turn,
+    /// and the likeliest one of each.
+    pub fn new(
+        problems: &Problems,
+        model: &ModelConfig,
+        config: &EvalSection,
+        max_new_tokens: usize,
+        seed: u64,
+    ) -> Result<(Self, [Work; 2]), RolloutError> {
+        let draw = |i| problems.draw(i as u64, Split::HeldOut);
+        let drawn: Vec<Drawn> = (0..config.problems).map(draw).collect();
+        let prompts = drawn.iter().map(|d| prompt_tokens(&d.problem, model, max_new_tokens));
+        let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
+        let work = |temperature_scale: Option<i32>, samples: usize| {
+            let request = |(i, prompt): (usize, &Vec<u32>)| {
+                let prompt = prompt.clone();
+                let request = move |sample| Request {
+                    prompt: prompt.clone(),
+                    stream: [i as u32, STREAM, sample as u32],
+                };
+                (0..samples).map(request)
+            };
+            Work::Sample {
+                seed,
+                temperature_scale,
+                max_new_tokens: max_new_tokens as u32,
+                end: END,
+                requests: prompts.iter().enumerate().flat_map(request).collect(),
+            }
+        };
+        let sampled = work(Some(temperature_scale(config.temperature)), config.samples);
+        let greedy = work(None, 1);
+        Ok((Self { drawn, config: config.clone() }, [sampled, greedy]))
+    }
+
+    /// Scores the outputs of the two works.
+    pub fn report(
+        &self,
+        problems: &Problems,
+        weights: blake3::Hash,
+        outputs: [Output; 2],
+    ) -> EvalReport {
+        let [groups, greedy] = outputs.map(|output| self.rollouts(problems, output));
+        let mut by_source: BTreeMap<String, Vec<&[Rollout]>> = BTreeMap::new();
+        for (d, group) in self.drawn.iter().zip(&groups) {
+            by_source.entry(problems.source_name(d)).or_default().push(group);
+        }
+        let all: Vec<&[Rollout]> = groups.iter().map(Vec::as_slice).collect();
+        let rollouts = || groups.iter().flatten();
+        let count = rollouts().count() as f64;
+        let entropies: Vec<f64> = rollouts().flat_map(|r| r.entropies.iter().copied()).collect();
+        let ks = &self.config.k;
+        EvalReport {
+            temperature: self.config.temperature,
+            overall: pass_report(&all, ks),
+            families: by_source.iter().map(|(k, g)| (k.clone(), pass_report(g, ks))).collect(),
+            greedy: greedy.iter().flatten().filter(|r| is_correct(r)).count() as f64
+                / self.drawn.len() as f64,
+            token_entropy: mean(&entropies),
+            length: entropies.len() as f64 / count,
+            truncated: rollouts().filter(|r| !r.ended).count() as f64 / count,
+            weights: weights.to_hex().to_string(),
+        }
+    }
+
+    /// One group a problem.
+    fn rollouts(&self, problems: &Problems, output: Output) -> Vec<Vec<Rollout>> {
+        let Values::Samples(completions) = output.values else { return Vec::new() };
+        let samples = completions.len() / self.drawn.len();
+        let mut completions = completions.into_iter();
+        let group = |d: &Drawn| {
+            let own = completions.by_ref().take(samples);
+            // The prompt plays no part in any figure.
+            own.map(|c| Rollout::new(Vec::new(), c, problems, d)).collect()
+        };
+        self.drawn.iter().map(group).collect()
+    }
+}
+
+/// Evaluates a policy on an engine. `progress` is told tokens sampled so far.
 pub async fn evaluate<E: Engine>(
     engine: &E,
     decoder: &Decoder<E>,
@@ -31,50 +130,12 @@ pub async fn evaluate<E: Engine>(
     max_new_tokens: usize,
     seed: u64,
     mut progress: impl FnMut(usize),
-) -> Result<EvalReport, RolloutError> {
-    let drawn: Vec<Drawn> =
-        (0..config.problems).map(|i| problems.draw(i as u64, Split::HeldOut)).collect();
-    let streams: Vec<[u32; 2]> = (0..config.problems).map(|i| [i as u32, STREAM]).collect();
-    let sampling = Sampling {
-        seed,
-        temperature_scale: Some(temperature_scale(config.temperature)),
-        max_new_tokens,
-        end: END,
-        slots: SLOTS,
-    };
-    let groups = roll_out(
-        engine,
-        decoder,
-        problems,
-        &drawn,
-        &streams,
-        config.samples,
-        &sampling,
-        &mut progress,
-    )
-    .await?;
-    let greedy = Sampling { temperature_scale: None, ..sampling };
-    let greedy = roll_out(engine, decoder, problems, &drawn, &streams, 1, &greedy, |_| ()).await?;
-
-    let mut by_source: BTreeMap<String, Vec<&[Rollout]>> = BTreeMap::new();
-    for (d, group) in drawn.iter().zip(&groups) {
-        by_source.entry(problems.source_name(d)).or_default().push(group);
-    }
-    let all: Vec<&[Rollout]> = groups.iter().map(Vec::as_slice).collect();
-    let rollouts = || groups.iter().flatten();
-    let count = rollouts().count() as f64;
-    let entropies: Vec<f64> = rollouts().flat_map(|r| r.entropies.iter().copied()).collect();
-    Ok(EvalReport {
-        temperature: config.temperature,
-        overall: pass_report(&all, &config.k),
-        families: by_source.iter().map(|(k, g)| (k.clone(), pass_report(g, &config.k))).collect(),
-        greedy: greedy.iter().flatten().filter(|r| is_correct(r)).count() as f64
-            / config.problems as f64,
-        token_entropy: mean(&entropies),
-        length: entropies.len() as f64 / count,
-        truncated: rollouts().filter(|r| !r.ended).count() as f64 / count,
-        weights: weights.to_hex().to_string(),
-    })
+) -> Result<EvalReport, EvaluateError> {
+    let (examination, [sampled, greedy]) =
+        Examination::new(problems, &decoder.config, config, max_new_tokens, seed)?;
+    let sampled = execute(engine, decoder, &sampled, &mut progress).await?;
+    let greedy = execute(engine, decoder, &greedy, |_| ()).await?;
+    Ok(examination.report(problems, weights, [sampled, greedy]))
 }
 
 /// Only full marks count as a pass.

@@ -2,13 +2,15 @@
 
 use std::f64::consts::LN_2;
 
+use manyhands_shaders::twin::SITE_COUNT;
 use serde::{Deserialize, Serialize};
 
 use super::problems::{Drawn, Problems};
-use crate::engine::{Engine, EngineError, RowStats};
-use crate::model::decoder::Decoder;
-use crate::model::generate::{Completion, Request, Sampling, generate};
-use crate::model::tokenizer::{EncodeError, decode, encode_prompt};
+use crate::engine::RowStats;
+use crate::model::config::ModelConfig;
+use crate::model::generate::Completion;
+use crate::model::tokenizer::{END, EncodeError, decode, encode_prompt};
+use crate::tasks::Problem;
 
 /// Natural log of the probability of the row's target token.
 ///
@@ -58,65 +60,81 @@ impl Rollout {
         [self.prompt.as_slice(), &self.tokens].concat()
     }
 
-    fn new(prompt: Vec<u32>, completion: Completion, reward: f64, end: u32) -> Self {
+    /// Scores a completion of `drawn`. One that was cut off is wrong, whatever it says.
+    pub fn new(
+        prompt: Vec<u32>,
+        completion: Completion,
+        problems: &Problems,
+        drawn: &Drawn,
+    ) -> Self {
+        let ended = completion.tokens.last() == Some(&END);
+        let reward = || problems.score(drawn, &decode(&completion.tokens));
         Self {
+            reward: if ended { reward() } else { 0.0 },
             prompt,
-            ended: completion.tokens.last() == Some(&end),
+            ended,
             logprobs: completion.stats.iter().map(logprob).collect(),
             entropies: completion.stats.iter().map(entropy).collect(),
             entropy_centers: completion.stats.iter().map(entropy_center).collect(),
             tokens: completion.tokens,
-            reward,
         }
     }
 }
 
-/// Samples `group_size` completions of each problem and scores them: one group a problem.
-/// `streams[i]` names the random stream of problem `i`.
-pub async fn roll_out<E: Engine>(
-    engine: &E,
-    decoder: &Decoder<E>,
-    problems: &Problems,
-    drawn: &[Drawn],
-    streams: &[[u32; 2]],
-    group_size: usize,
-    sampling: &Sampling,
-    mut progress: impl FnMut(usize),
-) -> Result<Vec<Vec<Rollout>>, RolloutError> {
-    let mut requests = Vec::new();
-    for (d, stream) in drawn.iter().zip(streams) {
-        let prompt = encode_prompt(&d.problem.prompt, decoder.config.vocabulary)?;
-        if prompt.len() + sampling.max_new_tokens > decoder.config.context {
-            let problem = d.problem.prompt.clone();
-            let context = decoder.config.context;
-            return Err(RolloutError::TooLong { problem, prompt: prompt.len(), context });
-        }
-        for sample in 0..group_size {
-            let stream = [stream[0], stream[1], sample as u32];
-            requests.push(Request { prompt: prompt.clone(), stream });
-        }
+/// The tokens of a problem's prompt, if prompt and completion fit the context.
+pub fn prompt_tokens(
+    problem: &Problem,
+    model: &ModelConfig,
+    max_new_tokens: usize,
+) -> Result<Vec<u32>, RolloutError> {
+    let prompt = encode_prompt(&problem.prompt, model.vocabulary)?;
+    if prompt.len() + max_new_tokens > model.context {
+        let (problem, context) = (problem.prompt.clone(), model.context);
+        return Err(RolloutError::TooLong { problem, prompt: prompt.len(), context });
     }
-    let report = |tokens: usize, _: &[Completion]| {
-        progress(tokens);
-        true
-    };
-    let completions = generate(engine, decoder, &requests, sampling, report).await?;
-    let rollouts = requests.into_iter().zip(completions).enumerate().map(|(i, (r, c))| {
-        let reward = problems.score(&drawn[i / group_size], &decode(&c.tokens));
-        // A completion that was cut off is wrong, whatever it says.
-        let ended = c.tokens.last() == Some(&sampling.end);
-        Rollout::new(r.prompt, c, if ended { reward } else { 0.0 }, sampling.end)
-    });
-    let rollouts: Vec<Rollout> = rollouts.collect();
-    Ok(rollouts.chunks(group_size).map(<[Rollout]>::to_vec).collect())
+    Ok(prompt)
+}
+
+/// The rollouts of one step, before anything is computed from them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sampled {
+    /// Step that will train on them.
+    pub step: u64,
+    /// Optimizer updates of the weights that sampled.
+    pub version: u64,
+    /// Groups in index order, refills included.
+    pub groups: Vec<Vec<Rollout>>,
+    /// Positions of the groups that enter the step.
+    pub kept: Vec<usize>,
+    /// Useless groups, all wrong and all right.
+    pub useless: [u32; 2],
+    /// Clamped values while sampling, by site.
+    pub saturations: [u64; SITE_COUNT],
+}
+
+impl Sampled {
+    /// Whether every index, length and token fits: a checkpoint may come from anywhere.
+    pub(super) fn is_consistent(&self, vocabulary: usize, context: usize) -> bool {
+        let fits = |r: &Rollout| {
+            let n = r.tokens.len();
+            let tokens = r.prompt.iter().chain(&r.tokens);
+            let values = r.logprobs.iter().chain(&r.entropies).chain([&r.reward]);
+            !r.prompt.is_empty()
+                && n > 0
+                && r.prompt.len() + n <= context
+                && [r.logprobs.len(), r.entropies.len(), r.entropy_centers.len()] == [n; 3]
+                && tokens.copied().all(|t| (t as usize) < vocabulary)
+                && values.copied().all(f64::is_finite)
+        };
+        !self.groups.is_empty()
+            && self.groups.iter().all(|g| !g.is_empty() && g.iter().all(fits))
+            && self.kept.iter().all(|&g| g < self.groups.len())
+    }
 }
 
 /// Why rollouts could not be made.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum RolloutError {
-    /// The engine failed.
-    #[error(transparent)]
-    Engine(#[from] EngineError),
     /// A prompt that the vocabulary cannot spell.
     #[error("a prompt cannot be encoded: {0}")]
     Encode(#[from] EncodeError),
@@ -132,4 +150,44 @@ pub enum RolloutError {
         /// The model's context.
         context: usize,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A crafted checkpoint must not reach an index or a length that panics.
+    #[test]
+    fn sampled_that_does_not_fit_is_refused() {
+        let rollout = Rollout {
+            prompt: vec![1, 5],
+            tokens: vec![7, 2],
+            logprobs: vec![-0.5; 2],
+            entropies: vec![0.1; 2],
+            entropy_centers: vec![9; 2],
+            reward: 1.0,
+            ended: true,
+        };
+        let of = |groups, kept| Sampled {
+            step: 0,
+            version: 0,
+            groups,
+            kept,
+            useless: [0; 2],
+            saturations: [0; SITE_COUNT],
+        };
+        let with = |change: fn(&mut Rollout)| {
+            let mut r = rollout.clone();
+            change(&mut r);
+            of(vec![vec![r]], vec![0]).is_consistent(8, 4)
+        };
+        assert!(with(|_| ()));
+        assert!(!with(|r| r.prompt.clear()));
+        assert!(!with(|r| r.tokens[0] = 8));
+        assert!(!with(|r| r.prompt.push(3)));
+        assert!(!with(|r| r.logprobs.truncate(1)));
+        assert!(!with(|r| r.entropies[0] = f64::NAN));
+        assert!(!of(vec![vec![rollout.clone()]], vec![1]).is_consistent(8, 4));
+        assert!(!of(vec![vec![]], vec![]).is_consistent(8, 4));
+    }
 }

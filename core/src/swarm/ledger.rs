@@ -6,41 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::ids::{Hash, PeerKey, Signature};
-
-/// Where in a run some work belongs. Ordered as the run needs it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct JobPath {
-    /// Steps of all phases before the step that trains on this.
-    pub ordinal: u64,
-    /// What the work is for.
-    pub stage: Stage,
-}
-
-/// What a job is for, in the order of a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum Stage {
-    /// Completions of held-out problems by the weights before the step.
-    Evaluate,
-    /// Completions to train on; `draw` counts refills.
-    Rollout {
-        /// 0 for the first draw.
-        draw: u32,
-    },
-    /// Log-probabilities under the weights before the step.
-    Proximal,
-    /// Log-probabilities under the reference.
-    Reference,
-    /// Log-probabilities under the weights before mini-batch `update`, from 1.
-    Policy {
-        /// Index of the mini-batch.
-        update: u32,
-    },
-    /// The gradient of mini-batch `update`.
-    Gradient {
-        /// Index of the mini-batch.
-        update: u32,
-    },
-}
+use crate::run::job::JobPath;
 
 /// The accepted result of a unit of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -139,10 +105,12 @@ pub enum Entry {
         /// Whose it was.
         volunteer: PeerKey,
     },
-    /// The weights after a step.
+    /// New weights.
     Version {
         /// Steps of all phases behind these weights.
         ordinal: u64,
+        /// 0 after a step; within one, the number of its updates so far.
+        update: u32,
         /// Hash of the weights.
         weights: Hash,
         /// Blob that makes them from `base`.
@@ -151,6 +119,8 @@ pub enum Entry {
         delta_bytes: u64,
         /// Hash of the weights that the blob changes.
         base: Hash,
+        /// Blob that makes them from nothing, now and then.
+        full: Option<Hash>,
     },
     /// Every contributor to versions up to here has passed a later audit.
     Final {
@@ -161,6 +131,11 @@ pub enum Entry {
     RolledBack {
         /// Steps of all phases that still stand.
         ordinal: u64,
+    },
+    /// This coordination peer may go on with the run if this one is lost.
+    Follower {
+        /// Who.
+        coordinator: PeerKey,
     },
     /// The run is complete.
     Closed {

@@ -8,4 +8,6 @@ pub mod delta;
 pub mod ids;
 pub mod ledger;
 pub mod packing;
+pub mod scheduler;
 pub mod share;
+pub mod trust;

@@ -13,7 +13,7 @@ use manyhands_core::model::decoder::{Decoder, DeviceGradients};
 use manyhands_core::model::generate::{Request, Sampling, generate};
 use manyhands_core::model::init::master_weights;
 use manyhands_core::model::weights::{Weights, shapes};
-use manyhands_core::run::gradient::{accumulate, score};
+use manyhands_core::run::execute::{accumulate, score};
 use manyhands_shaders::twin::logits::temperature_scale;
 
 use super::{Row, Table, median, peers};
@@ -281,7 +281,9 @@ pub(super) fn scale(table: &mut Table, threads: usize) -> Result<()> {
         let mut times = Vec::new();
         for _ in 0..repeats {
             let started = Instant::now();
-            let work = score(&engine, &training.decoder, &sequences, temperature_scale(1.0));
+            let items: Vec<(&[u32], usize)> = sequences.iter().map(|s| (&s[..], 1)).collect();
+            let scale = temperature_scale(1.0);
+            let work = score(&engine, &training.decoder, &items, scale, |_| ());
             pollster::block_on(work)?;
             times.push(started.elapsed().as_secs_f64());
         }

@@ -1,5 +1,6 @@
 use super::*;
-use crate::swarm::ledger::{JobPath, Offence, Stage, UnitEntry, Verdict};
+use crate::run::job::{JobPath, Stage};
+use crate::swarm::ledger::{Offence, UnitEntry, Verdict};
 use proptest::prelude::*;
 
 /// A record a line: the kind of its entry and its bytes.
@@ -42,6 +43,11 @@ fn audit(verdict: Verdict) -> Entry {
     Entry::Audit { unit: hash("unit"), volunteer, auditor, verdict, receipt: hash("audited") }
 }
 
+fn version(update: u32, full: Option<Hash>) -> Entry {
+    let (weights, delta, base) = (hash("weights 1"), hash("delta"), hash("weights 0"));
+    Entry::Version { ordinal: 301, update, weights, delta, delta_bytes: 4096, base, full }
+}
+
 /// Every kind of entry with every kind of thing in it. The promotion is the last.
 fn entries() -> Vec<Entry> {
     let volunteer = secret(3).key();
@@ -49,6 +55,7 @@ fn entries() -> Vec<Entry> {
     vec![
         open(),
         unit(Stage::Evaluate),
+        unit(Stage::EvaluateGreedy),
         unit(Stage::Rollout { draw: 2 }),
         unit(Stage::Proximal),
         unit(Stage::Reference),
@@ -63,15 +70,11 @@ fn entries() -> Vec<Entry> {
         expelled(Offence::LeaseHoarding, None),
         expelled(Offence::Flooding, None),
         Entry::Voided { unit: hash("unit"), volunteer },
-        Entry::Version {
-            ordinal: 301,
-            weights: hash("weights 1"),
-            delta: hash("delta"),
-            delta_bytes: 4096,
-            base: hash("weights 0"),
-        },
+        version(0, None),
+        version(2, Some(hash("full"))),
         Entry::Final { ordinal: 300 },
         Entry::RolledBack { ordinal: 299 },
+        Entry::Follower { coordinator: secret(2).key() },
         Entry::Closed { weights: hash("weights 1") },
         Entry::Promoted { coordinator: secret(2).key() },
     ]
@@ -88,6 +91,7 @@ fn kind(entry: &Entry) -> &'static str {
         Entry::Version { .. } => "version",
         Entry::Final { .. } => "final",
         Entry::RolledBack { .. } => "rolled_back",
+        Entry::Follower { .. } => "follower",
         Entry::Closed { .. } => "closed",
         Entry::Promoted { .. } => "promoted",
     }
@@ -134,7 +138,7 @@ fn record_of_every_kind_has_its_golden_bytes() {
     let mut kinds: Vec<&str> = chain.iter().map(|(record, _)| kind(&record.entry)).collect();
     kinds.sort_unstable();
     kinds.dedup();
-    assert_eq!(kinds.len(), 10, "{kinds:?}");
+    assert_eq!(kinds.len(), 11, "{kinds:?}");
 }
 
 #[test]

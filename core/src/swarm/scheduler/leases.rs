@@ -1,0 +1,193 @@
+//! Giving out units and audits, and taking back what lapsed.
+
+use super::{
+    Assignment, AuditTask, GUIDED_SHARE, HOLDERS_MAX, Kind, LAPSES_BEFORE_PAUSE, LAPSES_MAX, LATE,
+    LEASES_A_VOLUNTEER_MAX, Lease, PATIENCE, PAUSE_MS_MAX, Scheduler, Task, TaskId, UNIT_SHARE_MIN,
+};
+use crate::run::job::JobPath;
+use crate::swarm::ids::PeerKey;
+
+impl Scheduler {
+    /// Work for `peer`, if there is any and it may have some.
+    pub fn take(&mut self, peer: PeerKey, now_ms: u64) -> Option<Assignment> {
+        let v = self.volunteers.get(&peer)?;
+        let most = if v.lapses >= LAPSES_BEFORE_PAUSE { 1 } else { LEASES_A_VOLUNTEER_MAX };
+        let barred = v.standing.expelled.is_some() || !v.is_present || now_ms < v.resume_ms;
+        if barred || v.leases.len() >= most {
+            return None;
+        }
+        if let Some(audit) = self.audit_for(peer) {
+            self.audit_queue.remove(&(self.audits[&audit].urgency, audit));
+            let (kind, cost) = (self.audits[&audit].kind, self.audits[&audit].cost);
+            if let Some(a) = self.audits.get_mut(&audit) {
+                a.holder = Some(peer);
+            }
+            self.counts.delegated_audits += 1;
+            self.lease(peer, audit, kind, cost, now_ms);
+            return Some(Assignment::Audit { audit });
+        }
+        let task = self.take_homeless().or_else(|| self.cut(peer)).or_else(|| {
+            let task = self.late_for(peer, now_ms)?;
+            self.counts.backups += 1;
+            Some(task)
+        })?;
+        let t = self.tasks.get_mut(&task)?;
+        t.holders.push(peer);
+        let (path, first, count, cost) = (t.path, t.first, t.count, t.cost);
+        self.homeless.remove(&(path, task));
+        let expected_ms = self.lease(peer, task, Kind::of(path.stage), cost, now_ms);
+        let late_ms = now_ms + ((expected_ms - now_ms) as f64 * LATE) as u64;
+        let again = self.tasks.get(&task).is_some_and(|t| t.holders.len() < HOLDERS_MAX);
+        self.set_late(task, again.then_some(late_ms));
+        Some(Assignment::Unit { task, path, first, count })
+    }
+
+    /// The most urgent audit that this volunteer may do: only trusted ones audit, never their own
+    /// work.
+    fn audit_for(&self, peer: PeerKey) -> Option<TaskId> {
+        if !self.is_trusted(&peer) {
+            return None;
+        }
+        let fits = |(_, id): &&(_, TaskId)| self.audits[id].of != peer;
+        self.audit_queue.iter().take(64).find(fits).map(|(_, id)| *id)
+    }
+
+    /// A unit that nobody holds, unless a more urgent job has items left.
+    fn take_homeless(&mut self) -> Option<TaskId> {
+        let (path, task) = *self.homeless.first()?;
+        let uncut = self.jobs.iter().find(|(_, t)| t.next < t.items).map(|(p, _)| *p);
+        if uncut.is_some_and(|u| u < path) {
+            return None;
+        }
+        self.counts.reissued += 1;
+        Some(task)
+    }
+
+    /// Cuts a unit for this volunteer from the most urgent job that has items left.
+    fn cut(&mut self, peer: PeerKey) -> Option<TaskId> {
+        let (path, tiling) = self.jobs.iter_mut().find(|(_, t)| t.next < t.items)?;
+        let path: JobPath = *path;
+        let kind = Kind::of(path.stage) as usize;
+        let speed = self.volunteers.get(&peer)?.speed[kind];
+        let full = speed * self.policy.unit_seconds;
+        let rest = (tiling.items - tiling.next) as f64 * tiling.item_cost as f64;
+        let share = rest * GUIDED_SHARE * speed / self.total_speed[kind].max(speed);
+        let budget = full.min(share.max(full * UNIT_SHARE_MIN));
+        let count = (budget / tiling.item_cost as f64) as usize;
+        let count = count.clamp(1, tiling.items - tiling.next);
+        let task = Task {
+            path,
+            first: tiling.next,
+            count,
+            cost: count as u64 * tiling.item_cost,
+            holders: Vec::new(),
+            delivered: false,
+            late_ms: None,
+        };
+        tiling.next += count;
+        let id = self.next_id;
+        self.next_id += 1;
+        self.tasks.insert(id, task);
+        self.counts.issued += 1;
+        Some(id)
+    }
+
+    /// A unit that is late with somebody else.
+    fn late_for(&mut self, peer: PeerKey, now_ms: u64) -> Option<TaskId> {
+        let late = self.late.iter().take_while(|(at, _)| *at <= now_ms).take(64);
+        let fits = |id: &TaskId| {
+            self.tasks.get(id).is_some_and(|t| !t.delivered && !t.holders.contains(&peer))
+        };
+        late.map(|(_, id)| *id).find(fits)
+    }
+
+    /// Records the promise; returns when it should be kept.
+    fn lease(&mut self, peer: PeerKey, task: TaskId, kind: Kind, cost: u64, now_ms: u64) -> u64 {
+        let unit_ms = self.policy.unit_seconds * 1e3;
+        let Some(v) = self.volunteers.get_mut(&peer) else { return now_ms };
+        let begin = v.leases.values().map(|l| l.expected_ms).max().unwrap_or(now_ms).max(now_ms);
+        let took_ms = (cost as f64 / v.speed[kind as usize] * 1e3).clamp(1.0, 1e12) as u64;
+        let grace_ms = PATIENCE * took_ms + (3.0 * unit_ms) as u64 + 1000;
+        let expected_ms = begin + took_ms;
+        let lease = Lease { since_ms: now_ms, expected_ms, deadline_ms: begin + grace_ms };
+        v.leases.insert(task, lease);
+        self.deadlines.insert((lease.deadline_ms, peer, task));
+        expected_ms
+    }
+
+    pub(super) fn held(&self, peer: PeerKey) -> Vec<TaskId> {
+        self.volunteers.get(&peer).map_or(Vec::new(), |v| v.leases.keys().copied().collect())
+    }
+
+    /// Takes the lease away, without a consequence for unit or volunteer.
+    pub(super) fn drop_lease(&mut self, peer: PeerKey, task: TaskId) {
+        let lease = self.volunteers.get_mut(&peer).and_then(|v| v.leases.remove(&task));
+        if let Some(lease) = lease {
+            self.deadlines.remove(&(lease.deadline_ms, peer, task));
+        }
+        if let Some(t) = self.tasks.get_mut(&task) {
+            t.holders.retain(|h| *h != peer);
+        }
+    }
+
+    /// Takes the lease away and gives the work to others.
+    pub fn release(&mut self, peer: PeerKey, task: TaskId) {
+        self.drop_lease(peer, task);
+        if let Some(t) = self.tasks.get(&task)
+            && t.holders.is_empty()
+            && !t.delivered
+        {
+            self.homeless.insert((t.path, task));
+            self.set_late(task, None);
+        }
+        if let Some(AuditTask { holder, urgency, .. }) = self.audits.get_mut(&task)
+            && *holder == Some(peer)
+        {
+            *holder = None;
+            self.audit_queue.insert((*urgency, task));
+        }
+    }
+
+    /// Takes back what is over its deadline, and everything of those who fell silent. Returns who
+    /// lapsed so often that it must be expelled.
+    pub fn expire(&mut self, now_ms: u64) -> Vec<PeerKey> {
+        let silence_ms = (self.policy.silence_seconds * 1e3) as u64;
+        while let Some(&(seen, peer)) = self.seen.first() {
+            if seen + silence_ms > now_ms {
+                break;
+            }
+            if !self.held(peer).is_empty() {
+                self.lapse(peer, now_ms);
+            }
+            self.leave(peer);
+        }
+        let mut hoarders = Vec::new();
+        while let Some(&(deadline, peer, task)) = self.deadlines.first() {
+            if deadline > now_ms {
+                break;
+            }
+            self.release(peer, task);
+            if self.lapse(peer, now_ms) >= LAPSES_MAX {
+                hoarders.push(peer);
+            }
+        }
+        hoarders
+    }
+
+    /// Counts a lapse; too many bring a pause. Returns how many in a row.
+    fn lapse(&mut self, peer: PeerKey, now_ms: u64) -> u32 {
+        self.counts.lapsed += 1;
+        let Some(v) = self.volunteers.get_mut(&peer) else { return 0 };
+        v.lapses += 1;
+        if v.lapses >= LAPSES_BEFORE_PAUSE {
+            let pause = 1000_u64 << (v.lapses - LAPSES_BEFORE_PAUSE).min(20);
+            v.resume_ms = now_ms + pause.min(PAUSE_MS_MAX);
+        }
+        v.lapses
+    }
+
+    /// Whether `peer` holds `task`.
+    pub fn holds(&self, peer: PeerKey, task: TaskId) -> bool {
+        self.volunteers.get(&peer).is_some_and(|v| v.leases.contains_key(&task))
+    }
+}

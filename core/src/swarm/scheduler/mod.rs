@@ -1,0 +1,423 @@
+//! Who does what: leases of units and audits, cut to fit each volunteer. Knows nothing of
+//! arithmetic: a job is a path, a number of items and their cost in multiply-adds.
+//!
+//! Jobs are served most urgent first. A unit is cut for a volunteer's measured speed, smaller
+//! towards the end of a job so that all finish together; units whose holders fall silent go to
+//! others; when nothing is left, the slowest units are given out a second time.
+
+mod leases;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::ids::PeerKey;
+use super::ledger::Offence;
+use super::trust::Standing;
+use crate::run::config::SwarmSection;
+use crate::run::job::{JobPath, Stage};
+
+/// Units that a volunteer may hold: one to compute, one to have ready.
+pub const LEASES_A_VOLUNTEER_MAX: usize = 2;
+/// Volunteers that may hold the same unit.
+pub const HOLDERS_MAX: usize = 2;
+/// Lapsed leases in a row after which a volunteer gets one unit at a time, after a pause.
+pub const LAPSES_BEFORE_PAUSE: u32 = 3;
+/// Lapsed leases in a row, without one result, that expel.
+pub const LAPSES_MAX: u32 = 12;
+/// Longest pause after lapses.
+const PAUSE_MS_MAX: u64 = 600_000;
+/// A lease lasts this many times the expected time.
+const PATIENCE: u64 = 4;
+/// A unit is given out a second time when it is this many times later than expected.
+const LATE: f64 = 1.5;
+/// Share of a job's rest, relative to a volunteer's share of the swarm's speed, that one unit takes.
+const GUIDED_SHARE: f64 = 0.5;
+/// Smallest unit towards the end of a job, relative to a full one.
+const UNIT_SHARE_MIN: f64 = 0.125;
+/// Weight of a new measurement of speed.
+const SPEED_GAIN: f64 = 0.3;
+
+/// Names a unit while it is open.
+pub type TaskId = u64;
+
+/// What kind of arithmetic: volunteers have a speed for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// Token by token.
+    Sample,
+    /// Forward passes.
+    Forward,
+    /// Forward and backward passes.
+    Gradient,
+}
+
+impl Kind {
+    /// Of a job.
+    pub fn of(stage: Stage) -> Self {
+        match stage {
+            Stage::Evaluate | Stage::EvaluateGreedy | Stage::Rollout { .. } => Self::Sample,
+            Stage::Proximal | Stage::Reference | Stage::Policy { .. } => Self::Forward,
+            Stage::Gradient { .. } => Self::Gradient,
+        }
+    }
+}
+
+/// Why work is audited; urgent audits first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Urgency {
+    /// A convict's units: they may be in the weights.
+    Redo,
+    /// A newcomer's unit, which waits.
+    Admission,
+    /// A trusted volunteer's unit, which is in already.
+    Spot,
+}
+
+/// What a volunteer is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Assignment {
+    /// Items `first .. first + count` of a job.
+    Unit {
+        /// Its name.
+        task: TaskId,
+        /// The job.
+        path: JobPath,
+        /// First item.
+        first: usize,
+        /// Number of items.
+        count: usize,
+    },
+    /// Somebody else's unit once more.
+    Audit {
+        /// Name of the audit.
+        audit: TaskId,
+    },
+}
+
+/// A unit that somebody should be computing.
+#[derive(Clone, Debug)]
+struct Task {
+    path: JobPath,
+    first: usize,
+    count: usize,
+    cost: u64,
+    holders: Vec<PeerKey>,
+    /// A result is there, or is on its way.
+    delivered: bool,
+    /// When it may be given out a second time.
+    late_ms: Option<u64>,
+}
+
+/// A job that is being cut into units.
+#[derive(Clone, Copy, Debug)]
+struct Tiling {
+    items: usize,
+    next: usize,
+    item_cost: u64,
+}
+
+#[derive(Clone, Debug)]
+struct AuditTask {
+    of: PeerKey,
+    kind: Kind,
+    cost: u64,
+    urgency: Urgency,
+    holder: Option<PeerKey>,
+}
+
+/// A promise of a volunteer.
+#[derive(Clone, Copy, Debug)]
+struct Lease {
+    since_ms: u64,
+    expected_ms: u64,
+    deadline_ms: u64,
+}
+
+/// What the scheduler knows of a volunteer.
+#[derive(Clone, Debug)]
+pub struct Volunteer {
+    /// What it has shown.
+    pub standing: Standing,
+    /// Multiply-adds a second, by [`Kind`].
+    pub speed: [f64; 3],
+    /// Whether it is here.
+    pub is_present: bool,
+    /// When it last showed a sign of life.
+    pub seen_ms: u64,
+    /// Lapsed leases in a row.
+    pub lapses: u32,
+    resume_ms: u64,
+    /// When it last finished something.
+    free_ms: u64,
+    leases: BTreeMap<TaskId, Lease>,
+}
+
+impl Volunteer {
+    /// Units and audits it holds.
+    pub fn lease_count(&self) -> usize {
+        self.leases.len()
+    }
+}
+
+/// Figures of a scheduler.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Units given out for the first time.
+    pub issued: u64,
+    /// Units given out again because their holder fell silent.
+    pub reissued: u64,
+    /// Units given out a second time because they were late.
+    pub backups: u64,
+    /// Audits given to volunteers.
+    pub delegated_audits: u64,
+    /// Leases that lapsed.
+    pub lapsed: u64,
+}
+
+/// Leases of everything that is open.
+#[derive(Debug)]
+pub struct Scheduler {
+    policy: SwarmSection,
+    volunteers: BTreeMap<PeerKey, Volunteer>,
+    jobs: BTreeMap<JobPath, Tiling>,
+    tasks: BTreeMap<TaskId, Task>,
+    audits: BTreeMap<TaskId, AuditTask>,
+    next_id: TaskId,
+    /// Units that nobody holds.
+    homeless: BTreeSet<(JobPath, TaskId)>,
+    /// Units that are held by one, by when they are late.
+    late: BTreeSet<(u64, TaskId)>,
+    /// Audits that nobody holds.
+    audit_queue: BTreeSet<(Urgency, TaskId)>,
+    deadlines: BTreeSet<(u64, PeerKey, TaskId)>,
+    seen: BTreeSet<(u64, PeerKey)>,
+    /// Summed speed of all that are present, by kind.
+    total_speed: [f64; 3],
+    /// What happened so far.
+    pub counts: Counts,
+}
+
+impl Scheduler {
+    /// Nothing to do, nobody here.
+    pub fn new(policy: SwarmSection) -> Self {
+        Self {
+            policy,
+            volunteers: BTreeMap::new(),
+            jobs: BTreeMap::new(),
+            tasks: BTreeMap::new(),
+            audits: BTreeMap::new(),
+            next_id: 0,
+            homeless: BTreeSet::new(),
+            late: BTreeSet::new(),
+            audit_queue: BTreeSet::new(),
+            deadlines: BTreeSet::new(),
+            seen: BTreeSet::new(),
+            total_speed: [0.0; 3],
+            counts: Counts::default(),
+        }
+    }
+
+    /// All volunteers that were ever here.
+    pub fn volunteers(&self) -> &BTreeMap<PeerKey, Volunteer> {
+        &self.volunteers
+    }
+
+    /// A volunteer's record; a newcomer's if it was never here.
+    pub fn standing(&mut self, peer: PeerKey) -> &mut Standing {
+        &mut self.entry(peer).standing
+    }
+
+    fn entry(&mut self, peer: PeerKey) -> &mut Volunteer {
+        self.volunteers.entry(peer).or_insert_with(|| Volunteer {
+            standing: Standing::default(),
+            speed: [1.0; 3],
+            is_present: false,
+            seen_ms: 0,
+            lapses: 0,
+            resume_ms: 0,
+            free_ms: 0,
+            leases: BTreeMap::new(),
+        })
+    }
+
+    /// Whether `peer` may get work.
+    pub fn is_expelled(&self, peer: &PeerKey) -> bool {
+        self.volunteers.get(peer).is_some_and(|v| v.standing.expelled.is_some())
+    }
+
+    /// Whether results of `peer` go in at once.
+    pub fn is_trusted(&self, peer: &PeerKey) -> bool {
+        self.volunteers.get(peer).is_some_and(|v| v.standing.is_trusted(&self.policy))
+    }
+
+    /// A volunteer says hello, with the speed that it measured: multiply-adds a second.
+    pub fn arrive(&mut self, peer: PeerKey, speed: f64, now_ms: u64) {
+        let volunteer = self.entry(peer);
+        let first_time = volunteer.speed == [1.0; 3];
+        if first_time {
+            // Decoding a few sequences uses a fraction of what dense products reach.
+            volunteer.speed = [speed * 0.25, speed, speed].map(|s| s.clamp(1e3, 1e18));
+        }
+        let (speed, was_present) = (volunteer.speed, volunteer.is_present);
+        volunteer.is_present = true;
+        if !was_present {
+            self.add_speed(speed, 1.0);
+        }
+        self.touch(peer, now_ms);
+    }
+
+    /// A sign of life.
+    pub fn touch(&mut self, peer: PeerKey, now_ms: u64) {
+        if let Some(v) = self.volunteers.get_mut(&peer) {
+            self.seen.remove(&(v.seen_ms, peer));
+            v.seen_ms = now_ms;
+            if v.is_present {
+                self.seen.insert((now_ms, peer));
+            }
+        }
+    }
+
+    /// A volunteer leaves; its units go to others.
+    pub fn leave(&mut self, peer: PeerKey) {
+        let Some(v) = self.volunteers.get_mut(&peer) else { return };
+        self.seen.remove(&(v.seen_ms, peer));
+        let (speed, was_present) = (v.speed, std::mem::take(&mut v.is_present));
+        if was_present {
+            self.add_speed(speed, -1.0);
+        }
+        for task in self.held(peer) {
+            self.release(peer, task);
+        }
+    }
+
+    /// Expels a volunteer for good.
+    pub fn expel(&mut self, peer: PeerKey, offence: Offence) {
+        self.leave(peer);
+        self.standing(peer).expelled = Some(offence);
+    }
+
+    fn add_speed(&mut self, speed: [f64; 3], sign: f64) {
+        for (total, speed) in self.total_speed.iter_mut().zip(speed) {
+            *total = (*total + sign * speed).max(0.0);
+        }
+    }
+
+    /// A job can be worked on. `item_cost` is the expected cost of an item in multiply-adds.
+    pub fn open(&mut self, path: JobPath, items: usize, item_cost: u64) {
+        let tiling = Tiling { items, next: 0, item_cost: item_cost.max(1) };
+        self.jobs.entry(path).or_insert(tiling);
+    }
+
+    /// Whether this job is known.
+    pub fn is_open(&self, path: JobPath) -> bool {
+        self.jobs.contains_key(&path)
+    }
+
+    /// A job is complete: whatever is still out for it is not wanted.
+    pub fn close(&mut self, path: JobPath) {
+        self.jobs.remove(&path);
+        let of_job = self.tasks.iter().filter(|(_, t)| t.path == path).map(|(id, _)| *id);
+        for id in of_job.collect::<Vec<_>>() {
+            self.forget(id);
+        }
+    }
+
+    /// Jobs that are open.
+    pub fn open_jobs(&self) -> impl Iterator<Item = JobPath> {
+        self.jobs.keys().copied()
+    }
+
+    /// A unit's result is there: nobody else is asked for it.
+    pub fn deliver(&mut self, task: TaskId) {
+        if let Some(t) = self.tasks.get_mut(&task) {
+            t.delivered = true;
+            self.homeless.remove(&(t.path, task));
+            self.set_late(task, None);
+        }
+    }
+
+    /// A delivered unit was false: it must be computed again.
+    pub fn reopen(&mut self, task: TaskId) {
+        if let Some(t) = self.tasks.get_mut(&task) {
+            t.delivered = false;
+            if t.holders.is_empty() {
+                self.homeless.insert((t.path, task));
+            }
+        }
+    }
+
+    /// A unit is done with.
+    pub fn forget(&mut self, task: TaskId) {
+        self.set_late(task, None);
+        if let Some(t) = self.tasks.remove(&task) {
+            self.homeless.remove(&(t.path, task));
+            for peer in t.holders {
+                self.drop_lease(peer, task);
+            }
+        }
+    }
+
+    /// Asks for an audit of work by `of`. Others may be given it; the coordination peer may take it.
+    pub fn request_audit(
+        &mut self,
+        of: PeerKey,
+        kind: Kind,
+        cost: u64,
+        urgency: Urgency,
+    ) -> TaskId {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.audits.insert(id, AuditTask { of, kind, cost, urgency, holder: None });
+        self.audit_queue.insert((urgency, id));
+        id
+    }
+
+    /// Takes the most urgent audit for the coordination peer itself.
+    pub fn take_own_audit(&mut self) -> Option<TaskId> {
+        let (_, id) = self.audit_queue.pop_first()?;
+        Some(id)
+    }
+
+    /// Audits that wait for somebody.
+    pub fn audits_waiting(&self) -> usize {
+        self.audit_queue.len()
+    }
+
+    /// An audit is done with.
+    pub fn finish_audit(&mut self, audit: TaskId) {
+        if let Some(a) = self.audits.remove(&audit) {
+            self.audit_queue.remove(&(a.urgency, audit));
+            if let Some(holder) = a.holder {
+                self.drop_lease(holder, audit);
+            }
+        }
+    }
+
+    /// A volunteer finished `task`, which cost `cost` multiply-adds: measures its speed.
+    pub fn finished(&mut self, peer: PeerKey, task: TaskId, cost: u64, now_ms: u64) {
+        let kind = match (self.tasks.get(&task), self.audits.get(&task)) {
+            (Some(t), _) => Kind::of(t.path.stage) as usize,
+            (_, Some(a)) => a.kind as usize,
+            _ => return,
+        };
+        let Some(v) = self.volunteers.get_mut(&peer) else { return };
+        let Some(lease) = v.leases.get(&task) else { return };
+        v.lapses = 0;
+        let began = lease.since_ms.max(v.free_ms);
+        v.free_ms = now_ms;
+        let measured = cost as f64 * 1e3 / now_ms.saturating_sub(began).max(1) as f64;
+        let old = v.speed[kind];
+        v.speed[kind] = (old + SPEED_GAIN * (measured - old)).max(1.0);
+        if v.is_present {
+            self.total_speed[kind] += v.speed[kind] - old;
+        }
+        self.drop_lease(peer, task);
+    }
+
+    fn set_late(&mut self, task: TaskId, late_ms: Option<u64>) {
+        let Some(t) = self.tasks.get_mut(&task) else { return };
+        if let Some(old) = std::mem::replace(&mut t.late_ms, late_ms) {
+            self.late.remove(&(old, task));
+        }
+        self.late.extend(late_ms.map(|at| (at, task)));
+    }
+}

@@ -1,0 +1,133 @@
+//! Units: pieces of a job as bytes. A unit says everything that its result depends on, so its hash
+//! names the result; a result's hash is its receipt.
+
+use manyhands_shaders::twin::SITE_COUNT;
+use serde::{Deserialize, Serialize};
+
+use super::ids::Hash;
+use super::share;
+use crate::engine::{RowStats, Saturations};
+use crate::model::config::ModelConfig;
+use crate::model::generate::Completion;
+use crate::model::weights::Gradients;
+use crate::run::work::{Malformed, Output, Values, Work};
+
+/// Largest unit.
+pub const UNIT_BYTES_MAX: usize = 4 << 20;
+/// Largest result.
+pub const RESULT_BYTES_MAX: usize = 1 << 30;
+
+/// A piece of work under named weights.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unit {
+    /// Hash of the weights.
+    pub weights: Hash,
+    /// What to compute.
+    pub work: Work,
+}
+
+impl Unit {
+    /// The bytes whose hash names the unit.
+    pub fn encode(&self) -> Vec<u8> {
+        let config = bincode::config::standard();
+        bincode::serde::encode_to_vec(self, config).expect("a unit is plain data")
+    }
+
+    /// Reads a unit and checks that the model can compute it.
+    pub fn decode(bytes: &[u8], model: &ModelConfig) -> Result<Self, Malformed> {
+        let config = bincode::config::standard().with_limit::<UNIT_BYTES_MAX>();
+        let (unit, read): (Self, _) = bincode::serde::decode_from_slice(bytes, config)
+            .map_err(|_| Malformed("the bytes are no unit"))?;
+        if read != bytes.len() {
+            return Err(Malformed("bytes after the unit"));
+        }
+        unit.work.check(model)?;
+        Ok(unit)
+    }
+}
+
+/// `t`, total and moment of a token.
+type Stats = (i32, u64, u64);
+
+#[derive(Serialize, Deserialize)]
+enum WireValues {
+    Samples(Vec<(Vec<u32>, Vec<Stats>)>),
+    Scores(Vec<Vec<Stats>>),
+    Gradient(Vec<Vec<Stats>>, Vec<u8>),
+}
+
+#[derive(Serialize, Deserialize)]
+struct WireOutput {
+    saturations: [u64; SITE_COUNT],
+    values: WireValues,
+}
+
+fn pack(stats: &[RowStats]) -> Vec<Stats> {
+    stats.iter().map(|s| (s.t, s.total, s.moment)).collect()
+}
+
+fn unpack(stats: Vec<Stats>) -> Vec<RowStats> {
+    let row = |(t, total, moment)| RowStats { t, total, moment, greedy: 0 };
+    stats.into_iter().map(row).collect()
+}
+
+/// The bytes whose hash is the receipt.
+pub fn encode_output(output: &Output) -> Vec<u8> {
+    let all = |stats: &[Vec<RowStats>]| stats.iter().map(|s| pack(s)).collect();
+    let values = match &output.values {
+        Values::Samples(samples) => WireValues::Samples(
+            samples.iter().map(|c| (c.tokens.clone(), pack(&c.stats))).collect(),
+        ),
+        Values::Scores(stats) => WireValues::Scores(all(stats)),
+        Values::Gradient(stats, sum) => WireValues::Gradient(all(stats), share::encode(sum)),
+    };
+    let wire = WireOutput { saturations: output.saturations.0, values };
+    bincode::serde::encode_to_vec(wire, bincode::config::standard()).expect("plain data")
+}
+
+/// Reads a result and checks that it can be that of `work`.
+pub fn decode_output(bytes: &[u8], work: &Work, model: &ModelConfig) -> Result<Output, Malformed> {
+    let config = bincode::config::standard().with_limit::<RESULT_BYTES_MAX>();
+    let (wire, read): (WireOutput, _) = bincode::serde::decode_from_slice(bytes, config)
+        .map_err(|_| Malformed("the bytes are no result"))?;
+    if read != bytes.len() {
+        return Err(Malformed("bytes after the result"));
+    }
+    let values = match wire.values {
+        WireValues::Samples(samples) => {
+            let completion =
+                |(tokens, stats)| Completion { tokens, stats: unpack(stats) };
+            Values::Samples(samples.into_iter().map(completion).collect())
+        }
+        WireValues::Scores(stats) => Values::Scores(stats.into_iter().map(unpack).collect()),
+        WireValues::Gradient(stats, bytes) => {
+            if !matches!(work, Work::Gradient { .. }) {
+                return Err(Malformed("another kind of result"));
+            }
+            let mut sum = Gradients::zeros(model);
+            share::add_decoded(&bytes, &mut sum).map_err(|_| Malformed("the share is no share"))?;
+            Values::Gradient(stats.into_iter().map(unpack).collect(), sum)
+        }
+    };
+    let output = Output { saturations: Saturations(wire.saturations), values };
+    output.check(work, model)?;
+    Ok(output)
+}
+
+/// An upper bound of the size of the result of `work`: what a volunteer may announce.
+pub fn result_bytes_max(work: &Work, model: &ModelConfig) -> u64 {
+    // Varints: 5 bytes a token, 5 + 9 + 9 bytes of statistics, 9 of length a sequence.
+    let tokens = |n: usize| n as u64 * 28 + 18;
+    let stats = match work {
+        Work::Sample { requests, max_new_tokens, .. } => {
+            requests.len() as u64 * tokens(*max_new_tokens as usize)
+        }
+        Work::Check { claims, .. } => claims.iter().map(|c| tokens(c.len())).sum(),
+        Work::Score { sequences, .. } => sequences.iter().map(|s| tokens(s.tokens.len())).sum(),
+        Work::Gradient { sequences, .. } => {
+            let share = model.parameter_count() as u64 * 9;
+            share + sequences.iter().map(|s| tokens(s.tokens.len())).sum::<u64>()
+        }
+    };
+    (4096 + stats).min(RESULT_BYTES_MAX as u64)
+}
