@@ -5,11 +5,14 @@
 #![expect(clippy::print_stdout, reason = "a command line program prints its results")]
 
 pub mod bench;
+pub mod blobs;
 pub mod cli;
 pub mod demo;
 pub mod doctor;
 pub mod engines;
 pub mod eval;
+pub mod identity;
+pub mod net;
 pub mod plot;
 pub mod sample;
 pub mod store;

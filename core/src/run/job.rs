@@ -121,6 +121,12 @@ impl OpenJob {
         !self.present[i]
     }
 
+    /// Tokens that item `i` sampled, if it is one of those and is there.
+    pub fn sampled_length(&self, i: usize) -> Option<usize> {
+        let Values::Samples(samples) = &self.output.values else { return None };
+        samples.get(i).map(|c| c.tokens.len()).filter(|n| *n > 0)
+    }
+
     /// Whether every item has an output.
     pub fn is_complete(&self) -> bool {
         self.missing == 0

@@ -20,6 +20,7 @@ fn open() -> Entry {
         files: vec![("problems.jsonl".into(), hash("problems"))],
         digest: "x1-digest".into(),
         weights: hash("weights 0"),
+        full: hash("full 0"),
         coordinator: secret(1).key(),
     }
 }
@@ -40,7 +41,8 @@ fn unit(stage: Stage) -> Entry {
 
 fn audit(verdict: Verdict) -> Entry {
     let (volunteer, auditor) = (secret(3).key(), secret(1).key());
-    Entry::Audit { unit: hash("unit"), volunteer, auditor, verdict, receipt: hash("audited") }
+    let (unit, receipt) = (hash("unit"), hash("audited"));
+    Entry::Audit { unit, volunteer, auditor, verdict, receipt, multiply_adds: 250 }
 }
 
 fn version(update: u32, full: Option<Hash>) -> Entry {
@@ -153,7 +155,9 @@ fn chain_verified_knows_run_and_signer() {
         let signer = if i < chain.len() - 2 { secret(1) } else { secret(2) };
         assert_eq!(verifier.signer(), Some(signer.key()), "record {i}");
     }
-    assert_eq!(Writer::after(&verifier, secret(2)).run(), verifier.run());
+    let writer = Writer::after(&verifier, secret(2));
+    assert_eq!(writer.run(), verifier.run());
+    assert_eq!(Some(writer.coordinator()), verifier.signer());
 }
 
 /// One bit of every byte of every record, all in turn.

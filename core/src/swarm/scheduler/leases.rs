@@ -55,7 +55,7 @@ impl Scheduler {
     /// A unit that nobody holds, unless a more urgent job has items left.
     fn take_homeless(&mut self) -> Option<TaskId> {
         let (path, task) = *self.homeless.first()?;
-        let uncut = self.jobs.iter().find(|(_, t)| t.next < t.items).map(|(p, _)| *p);
+        let uncut = self.jobs.iter().find(|(_, t)| !t.uncut.is_empty()).map(|(p, _)| *p);
         if uncut.is_some_and(|u| u < path) {
             return None;
         }
@@ -65,26 +65,31 @@ impl Scheduler {
 
     /// Cuts a unit for this volunteer from the most urgent job that has items left.
     fn cut(&mut self, peer: PeerKey) -> Option<TaskId> {
-        let (path, tiling) = self.jobs.iter_mut().find(|(_, t)| t.next < t.items)?;
+        let (path, tiling) = self.jobs.iter_mut().find(|(_, t)| !t.uncut.is_empty())?;
         let path: JobPath = *path;
-        let kind = Kind::of(path.stage) as usize;
+        let (kind, item_cost) = (Kind::of(path.stage) as usize, tiling.item_cost);
         let speed = self.volunteers.get(&peer)?.speed[kind];
         let full = speed * self.policy.unit_seconds;
-        let rest = (tiling.items - tiling.next) as f64 * tiling.item_cost as f64;
+        let items: usize = tiling.uncut.iter().map(ExactSizeIterator::len).sum();
+        let rest = items as f64 * tiling.item_cost as f64;
         let share = rest * GUIDED_SHARE * speed / self.total_speed[kind].max(speed);
         let budget = full.min(share.max(full * UNIT_SHARE_MIN));
         let count = (budget / tiling.item_cost as f64) as usize;
-        let count = count.clamp(1, tiling.items - tiling.next);
+        let range = tiling.uncut.front_mut()?;
+        let (first, count) = (range.start, count.clamp(1, range.len().min(tiling.items_max)));
+        range.start += count;
+        if range.is_empty() {
+            tiling.uncut.pop_front();
+        }
         let task = Task {
             path,
-            first: tiling.next,
+            first,
             count,
-            cost: count as u64 * tiling.item_cost,
+            cost: count as u64 * item_cost,
             holders: Vec::new(),
             delivered: false,
             late_ms: None,
         };
-        tiling.next += count;
         let id = self.next_id;
         self.next_id += 1;
         self.tasks.insert(id, task);
