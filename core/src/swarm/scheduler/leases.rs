@@ -2,7 +2,8 @@
 
 use super::{
     Assignment, AuditTask, GUIDED_SHARE, HOLDERS_MAX, Kind, LAPSES_BEFORE_PAUSE, LAPSES_MAX, LATE,
-    LEASES_A_VOLUNTEER_MAX, Lease, PATIENCE, PAUSE_MS_MAX, Scheduler, Task, TaskId, UNIT_SHARE_MIN,
+    LEASES_A_VOLUNTEER_MAX, Lease, PATIENCE, PAUSE_MS_MAX, Scheduler, Task, TaskId,
+    UNIT_SHARE_MIN,
 };
 use crate::run::job::JobPath;
 use crate::swarm::ids::PeerKey;
@@ -114,7 +115,8 @@ impl Scheduler {
         let took_ms = (cost as f64 / v.speed[kind as usize] * 1e3).clamp(1.0, 1e12) as u64;
         let grace_ms = PATIENCE * took_ms + (3.0 * unit_ms) as u64 + 1000;
         let expected_ms = begin + took_ms;
-        let lease = Lease { since_ms: now_ms, expected_ms, deadline_ms: begin + grace_ms };
+        let lease =
+            Lease { since_ms: now_ms, expected_ms, deadline_ms: begin + grace_ms };
         v.leases.insert(task, lease);
         self.deadlines.insert((lease.deadline_ms, peer, task));
         expected_ms
