@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 
 use crate::engines::EngineChoice;
-use crate::{bench, demo, doctor, eval, sample, train};
+use crate::{bench, demo, doctor, donor, eval, sample, train};
 
 /// Train reasoning models together, in exact arithmetic: every machine computes the same bits.
 #[derive(Debug, Parser)]
@@ -42,6 +42,10 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Train a tiny model from nothing and show what reinforcement learning adds.
     Demo(demo::DemoArgs),
+    /// Let this machine's volunteer take no more work for now.
+    Pause(donor::ControlArgs),
+    /// Let this machine's volunteer work again.
+    Resume(donor::ControlArgs),
 }
 
 /// Parses the command line and runs it.
@@ -53,6 +57,8 @@ pub fn run() -> Result<ExitCode> {
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Pause(args) => donor::run_pause(&args),
+        Command::Resume(args) => donor::run_resume(&args),
     }
 }
 

@@ -106,7 +106,9 @@ impl OpenJob {
     pub(super) fn new(job: Job) -> Self {
         let n = job.work.items();
         let values = match &job.work {
-            Work::Sample { .. } | Work::Check { .. } => Values::Samples(vec![Completion::default(); n]),
+            Work::Sample { .. } | Work::Check { .. } => {
+                Values::Samples(vec![Completion::default(); n])
+            }
             Work::Score { .. } => Values::Scores(vec![Vec::new(); n]),
             Work::Gradient { .. } => Values::Gradient(vec![Vec::new(); n], Gradients(Vec::new())),
         };

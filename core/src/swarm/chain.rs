@@ -129,6 +129,11 @@ impl Writer {
         self.run
     }
 
+    /// Whose signature the records bear.
+    pub fn coordinator(&self) -> PeerKey {
+        self.secret.key()
+    }
+
     /// The sequence number of the next record: how many there are.
     pub fn sequence(&self) -> u64 {
         self.sequence

@@ -346,7 +346,9 @@ impl Coordinator {
         self.wall_ms = wall_ms;
         if !self.halted {
             match event {
-                Event::Request { peer, token, request } => self.request(peer, token, request, blobs),
+                Event::Request { peer, token, request } => {
+                    self.request(peer, token, request, blobs)
+                }
                 Event::Malformed { peer } => self.convict(peer, Offence::Malformed, None),
                 Event::Result { peer, unit, arrival } => self.result(peer, unit, arrival),
                 Event::Left { peer } => self.left(peer),

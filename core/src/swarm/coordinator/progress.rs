@@ -123,7 +123,8 @@ impl Coordinator {
     fn save_if_due(&mut self) {
         let ordinal = self.pipeline.ordinal();
         let every = self.pipeline.config.checkpoint.every;
-        let due = ordinal >= self.snapshot_ordinal + every || ordinal == self.pipeline.config.steps();
+        let due =
+            ordinal >= self.snapshot_ordinal + every || ordinal == self.pipeline.config.steps();
         self.pipeline.set_barrier(ordinal + 2 >= self.snapshot_ordinal + every);
         if due && self.pipeline.is_at_boundary() {
             self.snapshot_ordinal = ordinal;

@@ -33,7 +33,9 @@ pub enum RecoverError {
         ledger: String,
     },
     /// The ledger is somebody else's.
-    #[error("the ledger is signed by {signer}, this peer is {own}; use `--promote` if the other peer is lost")]
+    #[error(
+        "the ledger is signed by {signer}, this peer is {own}; use `--promote` if the other peer is lost"
+    )]
     OtherSigner {
         /// Who signs.
         signer: PeerKey,

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{Blobs, Coordinator, Effect, FOLLOWERS_MAX, InFlight, NEWS_MAX, Offer, SESSIONS_MAX, Session};
+use super::{
+    Blobs, Coordinator, Effect, FOLLOWERS_MAX, InFlight, NEWS_MAX, Offer, SESSIONS_MAX, Session,
+};
 use crate::conformance::suite::DIGEST;
 use crate::swarm::ids::{Hash, PeerKey};
 use crate::swarm::ledger::{Entry, Offence, receipt_message};
-use crate::swarm::protocol::{
-    Idle, PROTOCOL, PeerAddress, Refusal, Request, Response, Welcome,
-};
+use crate::swarm::protocol::{Idle, PROTOCOL, PeerAddress, Refusal, Request, Response, Welcome};
 use crate::swarm::scheduler::{Assignment, TaskId};
 use crate::swarm::status::StatusEvent;
 use crate::swarm::unit::{Unit, decode_output, result_bytes_max};
@@ -50,7 +50,8 @@ impl Coordinator {
                 self.receipt(peer, unit, Offer { receipt, bytes, signature }, blobs)
             }
             Request::Release { units } => {
-                for task in units.iter().filter_map(|u| self.task_of(peer, u)) {
+                let tasks = units.iter().filter_map(|u| self.task_of(peer, u));
+                for task in tasks.collect::<Vec<_>>() {
                     self.scheduler.release(peer, task);
                 }
                 Response::Done
@@ -88,12 +89,12 @@ impl Coordinator {
         }
         self.scheduler.arrive(peer, speed, self.now_ms);
         let joined_ms = self.now_ms;
-        let session = self.sessions.entry(peer).or_insert_with(|| Session {
-            joined_ms,
-            ..Session::default()
-        });
-        (session.agent, session.engine) = (agent, engine);
-        self.announce(StatusEvent::Joined { peer: peer.to_string() });
+        let session = self
+            .sessions
+            .entry(peer)
+            .or_insert_with(|| Session { joined_ms, ..Session::default() });
+        (session.agent, session.engine) = (agent.clone(), engine);
+        self.announce(StatusEvent::Joined { peer: peer.to_string(), agent });
         Response::Welcome(Welcome {
             run: self.run,
             config: self.config_json.clone(),
@@ -143,8 +144,7 @@ impl Coordinator {
             (_, true) => Some(Idle::Paused),
             _ => None,
         };
-        let assignment =
-            if why.is_none() { self.scheduler.take(peer, self.now_ms) } else { None };
+        let assignment = if why.is_none() { self.scheduler.take(peer, self.now_ms) } else { None };
         let unit = match assignment {
             Some(Assignment::Unit { task, path, first, count }) => {
                 self.issue(task, path, first, count)
@@ -231,13 +231,7 @@ impl Coordinator {
         self.task_of(peer, unit).is_some()
     }
 
-    fn receipt(
-        &mut self,
-        peer: PeerKey,
-        unit: Hash,
-        offer: Offer,
-        blobs: &dyn Blobs,
-    ) -> Response {
+    fn receipt(&mut self, peer: PeerKey, unit: Hash, offer: Offer, blobs: &dyn Blobs) -> Response {
         let message = receipt_message(&self.run, &unit, &offer.receipt, offer.bytes);
         if !peer.verifies(&message, &offer.signature) {
             self.convict(peer, Offence::BadSignature, None);

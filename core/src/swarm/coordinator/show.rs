@@ -38,12 +38,12 @@ pub(super) struct Figures {
 }
 
 impl Figures {
-    pub fn accepted(&mut self, multiply_adds: u64, now_ms: u64) {
+    pub(super) fn accepted(&mut self, multiply_adds: u64, now_ms: u64) {
         self.useful += multiply_adds;
         push(&mut self.accepted, now_ms, multiply_adds);
     }
 
-    pub fn step(&mut self, report: &StepReport, now_ms: u64) {
+    pub(super) fn step(&mut self, report: &StepReport, now_ms: u64) {
         push(&mut self.steps, now_ms, report.trained_tokens + report.sampled_tokens);
         self.last_step = Some((report.clone(), now_ms));
     }

@@ -25,7 +25,7 @@ pub(super) struct Versions {
 
 impl Versions {
     /// Adds a version; the first one has a full blob and no base.
-    pub fn insert(
+    pub(super) fn insert(
         &mut self,
         ordinal: Option<u64>,
         weights: Hash,
@@ -42,17 +42,17 @@ impl Versions {
     }
 
     /// Forgets which weights stand after a step that was rolled back.
-    pub fn roll_back(&mut self, ordinal: u64) {
+    pub(super) fn roll_back(&mut self, ordinal: u64) {
         self.by_ordinal.split_off(&(ordinal + 1));
     }
 
     /// The weights after `ordinal` steps.
-    pub fn at(&self, ordinal: u64) -> Option<Hash> {
+    pub(super) fn at(&self, ordinal: u64) -> Option<Hash> {
         self.by_ordinal.get(&ordinal).copied()
     }
 
     /// Blobs that make `want` from one of `have`, or from nothing.
-    pub fn plan(&self, want: Hash, have: &[Hash]) -> Option<(Option<Hash>, Vec<Hash>)> {
+    pub(super) fn plan(&self, want: Hash, have: &[Hash]) -> Option<(Option<Hash>, Vec<Hash>)> {
         let (mut at, mut blobs) = (want, Vec::new());
         // A walk towards the first version; a chain of bases has no loop, but peers wrote it.
         for _ in 0..=self.by_hash.len() {

@@ -2,8 +2,7 @@
 
 use super::{
     Assignment, AuditTask, GUIDED_SHARE, HOLDERS_MAX, Kind, LAPSES_BEFORE_PAUSE, LAPSES_MAX, LATE,
-    LEASES_A_VOLUNTEER_MAX, Lease, PATIENCE, PAUSE_MS_MAX, Scheduler, Task, TaskId,
-    UNIT_SHARE_MIN,
+    LEASES_A_VOLUNTEER_MAX, Lease, PATIENCE, PAUSE_MS_MAX, Scheduler, Task, TaskId, UNIT_SHARE_MIN,
 };
 use crate::run::job::JobPath;
 use crate::swarm::ids::PeerKey;
@@ -71,15 +70,16 @@ impl Scheduler {
         let (kind, item_cost) = (Kind::of(path.stage) as usize, tiling.item_cost);
         let speed = self.volunteers.get(&peer)?.speed[kind];
         let full = speed * self.policy.unit_seconds;
-        let items: usize = tiling.uncut.iter().map(ExactSizeIterator::len).sum();
+        let items: usize = tiling.uncut.iter().map(|r| r.end - r.start).sum();
         let rest = items as f64 * tiling.item_cost as f64;
         let share = rest * GUIDED_SHARE * speed / self.total_speed[kind].max(speed);
         let budget = full.min(share.max(full * UNIT_SHARE_MIN));
         let count = (budget / tiling.item_cost as f64) as usize;
         let range = tiling.uncut.front_mut()?;
-        let (first, count) = (range.start, count.clamp(1, range.len().min(tiling.items_max)));
+        let (first, count) =
+            (range.start, count.clamp(1, (range.end - range.start).min(tiling.items_max)));
         range.start += count;
-        if range.is_empty() {
+        if range.start == range.end {
             tiling.uncut.pop_front();
         }
         let task = Task {
@@ -115,8 +115,7 @@ impl Scheduler {
         let took_ms = (cost as f64 / v.speed[kind as usize] * 1e3).clamp(1.0, 1e12) as u64;
         let grace_ms = PATIENCE * took_ms + (3.0 * unit_ms) as u64 + 1000;
         let expected_ms = begin + took_ms;
-        let lease =
-            Lease { since_ms: now_ms, expected_ms, deadline_ms: begin + grace_ms };
+        let lease = Lease { since_ms: now_ms, expected_ms, deadline_ms: begin + grace_ms };
         v.leases.insert(task, lease);
         self.deadlines.insert((lease.deadline_ms, peer, task));
         expected_ms
