@@ -139,11 +139,6 @@ impl Writer {
         self.sequence
     }
 
-    /// Whose signature the records bear.
-    pub fn coordinator(&self) -> PeerKey {
-        self.secret.key()
-    }
-
     /// The next record and its bytes.
     ///
     /// # Panics
