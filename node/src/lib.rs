@@ -5,6 +5,7 @@
 #![expect(clippy::print_stdout, reason = "a command line program prints its results")]
 
 pub mod bench;
+pub mod blobs;
 pub mod cli;
 pub mod demo;
 pub mod doctor;
@@ -12,6 +13,8 @@ pub mod donor;
 pub mod engines;
 pub mod eval;
 pub mod http;
+pub mod identity;
+pub mod net;
 pub mod plot;
 pub mod sample;
 pub mod storage;

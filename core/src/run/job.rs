@@ -106,7 +106,9 @@ impl OpenJob {
     pub(super) fn new(job: Job) -> Self {
         let n = job.work.items();
         let values = match &job.work {
-            Work::Sample { .. } | Work::Check { .. } => Values::Samples(vec![Completion::default(); n]),
+            Work::Sample { .. } | Work::Check { .. } => {
+                Values::Samples(vec![Completion::default(); n])
+            }
             Work::Score { .. } => Values::Scores(vec![Vec::new(); n]),
             Work::Gradient { .. } => Values::Gradient(vec![Vec::new(); n], Gradients(Vec::new())),
         };
@@ -117,6 +119,12 @@ impl OpenJob {
     /// Whether item `i` has no output yet.
     pub fn is_missing(&self, i: usize) -> bool {
         !self.present[i]
+    }
+
+    /// Tokens that item `i` sampled, if it is one of those and is there.
+    pub fn sampled_length(&self, i: usize) -> Option<usize> {
+        let Values::Samples(samples) = &self.output.values else { return None };
+        samples.get(i).map(|c| c.tokens.len()).filter(|n| *n > 0)
     }
 
     /// Whether every item has an output.

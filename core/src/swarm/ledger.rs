@@ -71,6 +71,8 @@ pub enum Entry {
         digest: String,
         /// Hash of the weights before the first step.
         weights: Hash,
+        /// Blob that makes them.
+        full: Hash,
         /// Whose signature the entries that follow bear.
         coordinator: PeerKey,
     },
@@ -88,6 +90,8 @@ pub enum Entry {
         verdict: Verdict,
         /// The auditor's receipt.
         receipt: Hash,
+        /// Counted multiply-adds: the auditor's credit, if it is a volunteer.
+        multiply_adds: u64,
     },
     /// A volunteer is no longer served. Its unaudited units are redone.
     Expelled {

@@ -1,9 +1,20 @@
 //! The swarm: units of work, who did them, and how everybody can check it.
 //!
 //! Pure: events and bytes in, effects and bytes out. Sockets, clocks and disks are `node`'s.
+//! Start at [`coordinator`] and [`volunteer`], the two state machines; they speak [`protocol`] about
+//! [`unit`]s, and what is accepted is written into the [`ledger`].
 
+pub mod chain;
+pub mod chunks;
+pub mod coordinator;
+pub mod delta;
 pub mod ids;
 pub mod ledger;
+pub mod packing;
+pub mod protocol;
 pub mod scheduler;
+pub mod share;
 pub mod status;
 pub mod trust;
+pub mod unit;
+pub mod volunteer;

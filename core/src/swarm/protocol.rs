@@ -5,8 +5,8 @@
 //! a stream. Bytes are little-endian with variable-length integers (bincode), bounded by
 //! [`REQUEST_BYTES_MAX`] and [`RESPONSE_BYTES_MAX`].
 
-use serde::{Deserialize, Serialize};
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use super::ids::{Hash, PeerKey, Signature};
 use super::ledger::Offence;
@@ -177,7 +177,9 @@ pub enum Idle {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Refusal {
     /// Another version of the protocol.
-    #[error("this coordination peer speaks protocol {0}; install the version of the program that it runs")]
+    #[error(
+        "this coordination peer speaks protocol {0}; install the version of the program that it runs"
+    )]
     Protocol(u32),
     /// The engine computes other bits.
     #[error("the engine does not compute the right bits; `manyhands doctor` tells more")]
@@ -192,7 +194,9 @@ pub enum Refusal {
     #[error("this coordination peer serves as many volunteers as it can; try again later")]
     Full,
     /// The token is not the operator's.
-    #[error("the token is not the operator's; it is in the file admin-token of the host's directory")]
+    #[error(
+        "the token is not the operator's; it is in the file admin-token of the host's directory"
+    )]
     Token,
     /// This peer only follows.
     #[error("this peer follows another coordination peer")]

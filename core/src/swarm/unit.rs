@@ -95,8 +95,7 @@ pub fn decode_output(bytes: &[u8], work: &Work, model: &ModelConfig) -> Result<O
     }
     let values = match wire.values {
         WireValues::Samples(samples) => {
-            let completion =
-                |(tokens, stats)| Completion { tokens, stats: unpack(stats) };
+            let completion = |(tokens, stats)| Completion { tokens, stats: unpack(stats) };
             Values::Samples(samples.into_iter().map(completion).collect())
         }
         WireValues::Scores(stats) => Values::Scores(stats.into_iter().map(unpack).collect()),

@@ -3,6 +3,7 @@
 //! Where a Python with numpy (and torch) is given, its products (and training steps) are measured
 //! in the same run, alternating with ours.
 
+mod blobs;
 mod memory;
 mod peers;
 mod products;
@@ -31,6 +32,8 @@ enum Section {
     Scale,
     /// Peak memory of a training step, and growth over many.
     Memory,
+    /// Blobs on loopback, by each transport of the network, against plain TCP.
+    Blobs,
 }
 
 /// Arguments of `bench`.
@@ -134,6 +137,9 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     }
     if wanted(Section::Scale) {
         training::scale(&mut table, all)?;
+    }
+    if wanted(Section::Blobs) {
+        blobs::run(&mut table, all, args.rounds)?;
     }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&table.rows)?);

@@ -64,6 +64,10 @@ impl Learning {
         start..(start + share).min(self.kept.len())
     }
 
+    pub(super) fn updates(&self) -> u32 {
+        self.update as u32
+    }
+
     fn sampler_logprobs(&self) -> Vec<Vec<f64>> {
         (0..self.kept.len()).map(|i| self.rollout(i).logprobs.clone()).collect()
     }

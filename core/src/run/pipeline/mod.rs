@@ -173,6 +173,14 @@ impl Pipeline {
         }
     }
 
+    /// Updates that the step at hand has made.
+    pub fn updates_in_step(&self) -> u32 {
+        match &self.now {
+            Now::Learning(learning) => learning.updates(),
+            _ => 0,
+        }
+    }
+
     /// Longest completion when evaluating.
     pub fn max_new_tokens(&self) -> usize {
         self.config.rl.as_ref().map_or(self.model.context / 2, |rl| rl.max_new_tokens)

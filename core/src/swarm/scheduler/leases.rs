@@ -2,8 +2,7 @@
 
 use super::{
     Assignment, AuditTask, GUIDED_SHARE, HOLDERS_MAX, Kind, LAPSES_BEFORE_PAUSE, LAPSES_MAX, LATE,
-    LEASES_A_VOLUNTEER_MAX, Lease, PATIENCE, PAUSE_MS_MAX, Scheduler, Task, TaskId,
-    UNIT_SHARE_MIN,
+    LEASES_A_VOLUNTEER_MAX, Lease, PATIENCE, PAUSE_MS_MAX, Scheduler, Task, TaskId, UNIT_SHARE_MIN,
 };
 use crate::run::job::JobPath;
 use crate::swarm::ids::PeerKey;
@@ -56,7 +55,7 @@ impl Scheduler {
     /// A unit that nobody holds, unless a more urgent job has items left.
     fn take_homeless(&mut self) -> Option<TaskId> {
         let (path, task) = *self.homeless.first()?;
-        let uncut = self.jobs.iter().find(|(_, t)| t.next < t.items).map(|(p, _)| *p);
+        let uncut = self.jobs.iter().find(|(_, t)| !t.uncut.is_empty()).map(|(p, _)| *p);
         if uncut.is_some_and(|u| u < path) {
             return None;
         }
@@ -66,26 +65,32 @@ impl Scheduler {
 
     /// Cuts a unit for this volunteer from the most urgent job that has items left.
     fn cut(&mut self, peer: PeerKey) -> Option<TaskId> {
-        let (path, tiling) = self.jobs.iter_mut().find(|(_, t)| t.next < t.items)?;
+        let (path, tiling) = self.jobs.iter_mut().find(|(_, t)| !t.uncut.is_empty())?;
         let path: JobPath = *path;
-        let kind = Kind::of(path.stage) as usize;
+        let (kind, item_cost) = (Kind::of(path.stage) as usize, tiling.item_cost);
         let speed = self.volunteers.get(&peer)?.speed[kind];
         let full = speed * self.policy.unit_seconds;
-        let rest = (tiling.items - tiling.next) as f64 * tiling.item_cost as f64;
+        let items: usize = tiling.uncut.iter().map(|r| r.end - r.start).sum();
+        let rest = items as f64 * tiling.item_cost as f64;
         let share = rest * GUIDED_SHARE * speed / self.total_speed[kind].max(speed);
         let budget = full.min(share.max(full * UNIT_SHARE_MIN));
         let count = (budget / tiling.item_cost as f64) as usize;
-        let count = count.clamp(1, tiling.items - tiling.next);
+        let range = tiling.uncut.front_mut()?;
+        let (first, count) =
+            (range.start, count.clamp(1, (range.end - range.start).min(tiling.items_max)));
+        range.start += count;
+        if range.start == range.end {
+            tiling.uncut.pop_front();
+        }
         let task = Task {
             path,
-            first: tiling.next,
+            first,
             count,
-            cost: count as u64 * tiling.item_cost,
+            cost: count as u64 * item_cost,
             holders: Vec::new(),
             delivered: false,
             late_ms: None,
         };
-        tiling.next += count;
         let id = self.next_id;
         self.next_id += 1;
         self.tasks.insert(id, task);
@@ -110,8 +115,7 @@ impl Scheduler {
         let took_ms = (cost as f64 / v.speed[kind as usize] * 1e3).clamp(1.0, 1e12) as u64;
         let grace_ms = PATIENCE * took_ms + (3.0 * unit_ms) as u64 + 1000;
         let expected_ms = begin + took_ms;
-        let lease =
-            Lease { since_ms: now_ms, expected_ms, deadline_ms: begin + grace_ms };
+        let lease = Lease { since_ms: now_ms, expected_ms, deadline_ms: begin + grace_ms };
         v.leases.insert(task, lease);
         self.deadlines.insert((lease.deadline_ms, peer, task));
         expected_ms

@@ -7,7 +7,8 @@
 
 mod leases;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Range;
 
 use super::ids::PeerKey;
 use super::ledger::Offence;
@@ -108,11 +109,12 @@ struct Task {
 }
 
 /// A job that is being cut into units.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Tiling {
-    items: usize,
-    next: usize,
+    /// Items that nobody was given.
+    uncut: VecDeque<Range<usize>>,
     item_cost: u64,
+    items_max: usize,
 }
 
 #[derive(Clone, Debug)]
@@ -188,6 +190,8 @@ pub struct Scheduler {
     late: BTreeSet<(u64, TaskId)>,
     /// Audits that nobody holds.
     audit_queue: BTreeSet<(Urgency, TaskId)>,
+    /// Audits that only the coordination peer may do.
+    own_queue: BTreeSet<(Urgency, TaskId)>,
     deadlines: BTreeSet<(u64, PeerKey, TaskId)>,
     seen: BTreeSet<(u64, PeerKey)>,
     /// Summed speed of all that are present, by kind.
@@ -209,6 +213,7 @@ impl Scheduler {
             homeless: BTreeSet::new(),
             late: BTreeSet::new(),
             audit_queue: BTreeSet::new(),
+            own_queue: BTreeSet::new(),
             deadlines: BTreeSet::new(),
             seen: BTreeSet::new(),
             total_speed: [0.0; 3],
@@ -301,9 +306,18 @@ impl Scheduler {
         }
     }
 
-    /// A job can be worked on. `item_cost` is the expected cost of an item in multiply-adds.
-    pub fn open(&mut self, path: JobPath, items: usize, item_cost: u64) {
-        let tiling = Tiling { items, next: 0, item_cost: item_cost.max(1) };
+    /// The `missing` items of a job can be worked on. `item_cost` is the expected cost of an item in
+    /// multiply-adds; a unit has at most `items_max` items.
+    pub fn open(
+        &mut self,
+        path: JobPath,
+        item_cost: u64,
+        items_max: usize,
+        missing: &[Range<usize>],
+    ) {
+        let uncut = missing.iter().filter(|r| !r.is_empty()).cloned().collect();
+        let items_max = items_max.max(1);
+        let tiling = Tiling { uncut, item_cost: item_cost.max(1), items_max };
         self.jobs.entry(path).or_insert(tiling);
     }
 
@@ -371,9 +385,23 @@ impl Scheduler {
         id
     }
 
+    /// As [`Self::request_audit`], for the coordination peer only.
+    pub fn request_own_audit(
+        &mut self,
+        of: PeerKey,
+        kind: Kind,
+        cost: u64,
+        urgency: Urgency,
+    ) -> TaskId {
+        let id = self.request_audit(of, kind, cost, urgency);
+        self.audit_queue.remove(&(urgency, id));
+        self.own_queue.insert((urgency, id));
+        id
+    }
+
     /// Takes the most urgent audit for the coordination peer itself.
     pub fn take_own_audit(&mut self) -> Option<TaskId> {
-        let (_, id) = self.audit_queue.pop_first()?;
+        let (_, id) = self.own_queue.pop_first().or_else(|| self.audit_queue.pop_first())?;
         Some(id)
     }
 
@@ -386,6 +414,7 @@ impl Scheduler {
     pub fn finish_audit(&mut self, audit: TaskId) {
         if let Some(a) = self.audits.remove(&audit) {
             self.audit_queue.remove(&(a.urgency, audit));
+            self.own_queue.remove(&(a.urgency, audit));
             if let Some(holder) = a.holder {
                 self.drop_lease(holder, audit);
             }

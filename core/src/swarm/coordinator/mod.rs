@@ -1,0 +1,421 @@
+//! The coordinator: turns what volunteers send into a run. Events in, effects out.
+//!
+//! It owns the run's [`Pipeline`], the [`Scheduler`] of leases, and the pen of the ledger. It does no
+//! arithmetic of the model itself: audits are effects, whose outcome comes back as an event. Effects
+//! are carried out in order; what the ledger must remember comes before what others are told, so
+//! that a crash between any two effects loses nothing that anybody was promised, and
+//! [`Coordinator::recover`] goes on from ledger and blobs alone. A roll-back is the same thing:
+//! it is written, and the coordinator starts again.
+
+mod progress;
+mod recover;
+mod requests;
+mod results;
+mod show;
+mod versions;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::chain::Writer;
+use super::ids::{Hash, PeerKey, Signature};
+use super::ledger::{Entry, Offence};
+use super::protocol::{PeerAddress, Request, Response};
+use super::scheduler::{Kind, Scheduler, TaskId, Urgency};
+use super::status::StatusEvent;
+use super::unit::Unit;
+use crate::checkpoint::Manifest;
+use crate::run::job::{JobPath, Version};
+use crate::run::pipeline::{Pipeline, TrainError};
+use versions::Versions;
+
+/// Volunteers with an open session.
+pub const SESSIONS_MAX: usize = 1 << 20;
+/// Followers of a coordination peer.
+pub const FOLLOWERS_MAX: usize = 16;
+/// Accepted units that a volunteer is told of at once.
+pub const NEWS_MAX: usize = 256;
+
+/// Bytes by their hash: what the coordinator has asked to be kept.
+pub trait Blobs {
+    /// The blob, if it is there.
+    fn get(&self, hash: &Hash) -> Option<Vec<u8>>;
+}
+
+impl Blobs for BTreeMap<Hash, Vec<u8>> {
+    fn get(&self, hash: &Hash) -> Option<Vec<u8>> {
+        Self::get(self, hash).cloned()
+    }
+}
+
+/// What happened to the bytes of a result.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// They hash to the receipt.
+    Whole(Vec<u8>),
+    /// They do not.
+    Differs,
+    /// They came too slowly, or broke off.
+    Failed,
+}
+
+/// Something that happened outside.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A request; the response goes to `token`.
+    Request {
+        /// Who asks.
+        peer: PeerKey,
+        /// Names the request.
+        token: u64,
+        /// What it asks.
+        request: Request,
+    },
+    /// Bytes that are no request.
+    Malformed {
+        /// Whose.
+        peer: PeerKey,
+    },
+    /// An upload that was expected came to an end.
+    Result {
+        /// From whom.
+        peer: PeerKey,
+        /// Of which unit.
+        unit: Hash,
+        /// What came.
+        arrival: Arrival,
+    },
+    /// A connection ended.
+    Left {
+        /// Whose.
+        peer: PeerKey,
+    },
+    /// More messages than allowed.
+    Flooding {
+        /// Whose.
+        peer: PeerKey,
+    },
+    /// An audit that the coordination peer itself was to compute is done.
+    Executed {
+        /// Names the audit.
+        audit: TaskId,
+        /// The receipt that it found.
+        receipt: Hash,
+    },
+    /// Time passes.
+    Tick,
+    /// The operator pauses the run, or lets it go on.
+    Pause(bool),
+}
+
+/// An audit for the coordination peer's own engine.
+#[derive(Clone, Debug)]
+pub struct Execution {
+    /// Names the audit.
+    pub audit: TaskId,
+    /// Blob of the unit.
+    pub unit: Hash,
+    /// Blob of the claimed result.
+    pub result: Hash,
+    /// Weights of the unit.
+    pub weights: Hash,
+    /// The same, if they are at hand.
+    pub version: Option<Arc<Version>>,
+}
+
+/// The files of a checkpoint.
+pub type Files = (Manifest, BTreeMap<String, Vec<u8>>);
+
+/// Something to be done outside, in order.
+#[derive(Debug)]
+pub enum Effect {
+    /// Keep these blobs and then these ledger records, so that they survive a crash.
+    Persist {
+        /// Blobs by hash.
+        blobs: Vec<(Hash, Vec<u8>)>,
+        /// Records as bytes, in order.
+        records: Vec<Vec<u8>>,
+    },
+    /// Keep a state to start again from.
+    Snapshot {
+        /// Steps of all phases.
+        ordinal: u64,
+        /// What to keep.
+        files: Box<Files>,
+    },
+    /// Forget states after this one: they rest on a lie.
+    DropSnapshots {
+        /// Steps of all phases.
+        after: u64,
+    },
+    /// Answer a request.
+    Reply {
+        /// Names the request.
+        token: u64,
+        /// The answer.
+        response: Response,
+    },
+    /// Answer a request with records of the ledger.
+    ReplyRecords {
+        /// Names the request.
+        token: u64,
+        /// First record.
+        from: u64,
+        /// At most so many.
+        limit: u32,
+    },
+    /// Let a peer upload a result.
+    Expect {
+        /// Who.
+        peer: PeerKey,
+        /// Of which unit.
+        unit: Hash,
+        /// What the bytes must hash to.
+        receipt: Hash,
+        /// How many they are.
+        bytes: u64,
+    },
+    /// Do not serve this peer any more.
+    Ban(PeerKey),
+    /// Compute an audit.
+    Execute(Execution),
+    /// Tell whoever watches.
+    Announce(Box<StatusEvent>),
+    /// Start again from the ledger: the run was rolled back.
+    Restart,
+    /// The run is complete.
+    Closed(Hash),
+    /// The run cannot go on.
+    Failed(TrainError),
+}
+
+/// A volunteer that is here.
+#[derive(Clone, Debug, Default)]
+struct Session {
+    agent: String,
+    engine: String,
+    joined_ms: u64,
+    /// Accepted since it was last told.
+    news: Vec<(Hash, u64)>,
+}
+
+/// A result that was announced.
+#[derive(Clone, Copy, Debug)]
+struct Offer {
+    receipt: Hash,
+    bytes: u64,
+    signature: Signature,
+}
+
+/// A unit that is out, or whose result waits for an audit.
+#[derive(Debug)]
+struct InFlight {
+    task: TaskId,
+    path: JobPath,
+    first: usize,
+    count: usize,
+    unit: Unit,
+    version: Arc<Version>,
+    offers: BTreeMap<PeerKey, Offer>,
+    held: Option<Held>,
+}
+
+/// A result that waits for its audit.
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    peer: PeerKey,
+    offer: Offer,
+    multiply_adds: u64,
+}
+
+/// A unit in the run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+struct Accepted {
+    sequence: u64,
+    ordinal: u64,
+    /// Earliest step whose state rests on it.
+    rests: u64,
+    unit: Hash,
+    receipt: Hash,
+    weights: Hash,
+    multiply_adds: u64,
+    kind: u8,
+}
+
+/// Units of one volunteer that no audit has looked at.
+#[derive(Debug, Default)]
+struct Record {
+    unaudited: BTreeMap<u64, Accepted>,
+    /// Sequence of the newest unit that an audit stands behind.
+    settled: Option<u64>,
+}
+
+/// An audit that was asked for.
+#[derive(Debug)]
+struct Audit {
+    unit: Hash,
+    of: PeerKey,
+    receipt: Hash,
+    weights: Hash,
+    version: Option<Arc<Version>>,
+    urgency: Urgency,
+    kind: Kind,
+    cost: u64,
+    /// The unit that an auditor is given, while one has it.
+    given: Option<Hash>,
+    /// An auditor that found another receipt, or is itself being checked.
+    auditor: Option<(PeerKey, Hash)>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Coordinator {
+    pipeline: Pipeline,
+    writer: Writer,
+    run: Hash,
+    config_json: String,
+    audit_seed: [u8; 32],
+    peers: Vec<PeerAddress>,
+    token: String,
+    scheduler: Scheduler,
+    sessions: BTreeMap<PeerKey, Session>,
+    units: BTreeMap<Hash, InFlight>,
+    audits: BTreeMap<TaskId, Audit>,
+    /// The audit that the own engine works on.
+    executing: Option<TaskId>,
+    records: BTreeMap<PeerKey, Record>,
+    /// Accepted units that no audit stands behind: step and sequence.
+    unsettled: BTreeSet<(u64, u64)>,
+    /// Convicts whose units are being redone: those to do, and those found false.
+    redo: BTreeMap<PeerKey, (BTreeSet<Hash>, Vec<Accepted>)>,
+    versions: Versions,
+    final_ordinal: u64,
+    snapshot_ordinal: u64,
+    mean_length: f64,
+    paused: bool,
+    closed: bool,
+    /// Rolled back or failed: only a restart helps.
+    halted: bool,
+    figures: show::Figures,
+    now_ms: u64,
+    wall_ms: u64,
+    started_ms: u64,
+    blobs_out: Vec<(Hash, Vec<u8>)>,
+    records_out: Vec<Vec<u8>>,
+    effects: Vec<Effect>,
+}
+
+impl Coordinator {
+    /// The run's identity.
+    pub fn run(&self) -> Hash {
+        self.run
+    }
+
+    /// The run.
+    pub fn pipeline(&self) -> &Pipeline {
+        &self.pipeline
+    }
+
+    /// Whether the run is complete and every version final.
+    pub fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    /// The scheduler, for figures.
+    pub fn scheduler(&self) -> &Scheduler {
+        &self.scheduler
+    }
+
+    /// Who coordinates and who follows, as volunteers are told.
+    pub fn set_peers(&mut self, peers: Vec<PeerAddress>) {
+        self.peers = peers;
+    }
+
+    /// Takes an event at `now_ms` of a monotonic clock; `wall_ms`, since 1970, only goes into the
+    /// ledger, for people.
+    pub fn handle(
+        &mut self,
+        now_ms: u64,
+        wall_ms: u64,
+        event: Event,
+        blobs: &dyn Blobs,
+    ) -> Vec<Effect> {
+        self.now_ms = now_ms;
+        self.wall_ms = wall_ms;
+        if !self.halted {
+            match event {
+                Event::Request { peer, token, request } => {
+                    self.request(peer, token, request, blobs)
+                }
+                Event::Malformed { peer } => self.convict(peer, Offence::Malformed, None),
+                Event::Result { peer, unit, arrival } => self.result(peer, unit, arrival),
+                Event::Left { peer } => self.left(peer),
+                Event::Flooding { peer } => self.convict(peer, Offence::Flooding, None),
+                Event::Executed { audit, receipt } => self.executed(audit, receipt, blobs),
+                Event::Tick => {
+                    for peer in self.scheduler.expire(now_ms) {
+                        self.convict(peer, Offence::LeaseHoarding, None);
+                    }
+                }
+                Event::Pause(paused) => self.paused = paused,
+            }
+            self.execute_next();
+        }
+        self.flush();
+        std::mem::take(&mut self.effects)
+    }
+
+    /// Writes an entry; it is persisted before any effect that follows.
+    fn write(&mut self, entry: Entry) -> u64 {
+        let (record, bytes) = self.writer.append(self.wall_ms, entry);
+        self.records_out.push(bytes);
+        record.sequence
+    }
+
+    fn keep(&mut self, bytes: Vec<u8>) -> Hash {
+        let hash = Hash::of(&bytes);
+        self.blobs_out.push((hash, bytes));
+        hash
+    }
+
+    /// Puts what was written before the effects that follow.
+    fn flush(&mut self) {
+        if self.blobs_out.is_empty() && self.records_out.is_empty() {
+            return;
+        }
+        let blobs = std::mem::take(&mut self.blobs_out);
+        let records = std::mem::take(&mut self.records_out);
+        self.effects.push(Effect::Persist { blobs, records });
+    }
+
+    fn effect(&mut self, effect: Effect) {
+        self.flush();
+        self.effects.push(effect);
+    }
+
+    fn announce(&mut self, event: StatusEvent) {
+        self.effect(Effect::Announce(Box::new(event)));
+    }
+
+    /// Gives the own engine the most urgent audit.
+    fn execute_next(&mut self) {
+        if self.executing.is_some() || self.halted {
+            return;
+        }
+        while let Some(id) = self.scheduler.take_own_audit() {
+            let Some(audit) = self.audits.get(&id) else { continue };
+            let execution = Execution {
+                audit: id,
+                unit: audit.unit,
+                result: audit.receipt,
+                weights: audit.weights,
+                version: audit.version.clone(),
+            };
+            self.executing = Some(id);
+            self.effect(Effect::Execute(execution));
+            return;
+        }
+    }
+}

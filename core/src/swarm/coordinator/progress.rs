@@ -1,0 +1,234 @@
+//! From accepted results to versions: the pipeline goes on, versions are published and become
+//! final.
+
+use super::versions::FULL_EVERY;
+use super::{Accepted, Coordinator, Effect};
+use crate::run::job::{JobPath, OpenJob};
+use crate::run::pipeline::Advanced;
+use crate::run::work::Work;
+use crate::swarm::delta;
+use crate::swarm::ids::{Hash, PeerKey};
+use crate::swarm::ledger::Entry;
+use crate::swarm::scheduler::Urgency;
+use crate::swarm::status::{RunState, StatusEvent};
+use crate::swarm::unit::UNIT_BYTES_MAX;
+
+/// A version that is provisional for so many steps makes its contributors' last units be audited.
+const PROVISIONAL_STEPS_MAX: u64 = 25;
+/// Weight of a new completion in the mean length.
+const LENGTH_GAIN: f64 = 0.01;
+
+impl Coordinator {
+    /// Goes on as far as the results allow.
+    pub(super) fn sync(&mut self) {
+        while !self.halted {
+            let before = self.pipeline.version().clone();
+            let advanced = match self.pipeline.advance() {
+                Ok(advanced) => advanced,
+                Err(error) => {
+                    self.halted = true;
+                    self.announce(StatusEvent::State { state: RunState::Failed });
+                    return self.effect(Effect::Failed(error));
+                }
+            };
+            let step = matches!(advanced, Some(Advanced::Step(_)));
+            if step || !std::sync::Arc::ptr_eq(&before, self.pipeline.version()) {
+                let base = before.weights.clone();
+                self.publish(before.hash().into(), &base, step);
+            }
+            match advanced {
+                None => break,
+                Some(Advanced::Step(report)) => {
+                    let ordinal = self.pipeline.ordinal();
+                    self.figures.step(&report, self.now_ms);
+                    self.announce(StatusEvent::Step { ordinal, report });
+                    self.save_if_due();
+                    self.audit_old();
+                }
+                Some(Advanced::Evaluation(evaluation)) => {
+                    let ordinal = self.pipeline.ordinal();
+                    self.figures.evaluation = Some((*evaluation).clone());
+                    self.announce(StatusEvent::Evaluation { ordinal, evaluation });
+                }
+                Some(Advanced::Phase(_)) => {}
+            }
+        }
+        self.open_jobs();
+        self.finish();
+    }
+
+    /// Lets the scheduler know what is open.
+    fn open_jobs(&mut self) {
+        let open: Vec<JobPath> = self.pipeline.jobs().map(|j| j.job.path).collect();
+        let closed = self.scheduler.open_jobs().filter(|p| !open.contains(p));
+        for path in closed.collect::<Vec<_>>() {
+            self.scheduler.close(path);
+            self.units.retain(|_, u| u.path != path);
+        }
+        for path in open {
+            if !self.scheduler.is_open(path)
+                && let Some(job) = self.pipeline.job(path)
+            {
+                let (cost, most) = (self.item_cost(job), items_max(&job.job.work));
+                let missing = missing_ranges(job);
+                self.scheduler.open(path, cost, most, &missing);
+            }
+        }
+    }
+
+    /// Expected cost of an item, multiply-adds.
+    fn item_cost(&self, job: &OpenJob) -> u64 {
+        let work = &job.job.work;
+        let model = self.pipeline.model();
+        let length = self.mean_length.min(self.pipeline.max_new_tokens() as f64) as usize;
+        let n = work.items();
+        let seen = n.min(16);
+        let sum: u64 =
+            (0..seen).map(|i| work.item_multiply_adds(i * n / seen, length, model)).sum();
+        sum / seen as u64
+    }
+
+    /// Takes in how long completions are.
+    pub(super) fn measure_lengths(&mut self, path: JobPath, first: usize, count: usize) {
+        let Some(job) = self.pipeline.job(path) else { return };
+        for length in (first..first + count).filter_map(|i| job.sampled_length(i)) {
+            self.mean_length += LENGTH_GAIN * (length as f64 - self.mean_length);
+        }
+    }
+
+    /// Publishes the pipeline's version as what changed from `base`.
+    fn publish(&mut self, base: Hash, base_weights: &crate::model::weights::Weights, step: bool) {
+        let version = self.pipeline.version().clone();
+        let weights: Hash = version.hash().into();
+        let delta = delta::encode(Some(base_weights), &version.weights);
+        let delta_bytes = delta.len() as u64;
+        self.figures.version_bytes += delta_bytes;
+        let delta = self.keep(delta);
+        let full = (self.versions.since_full + 1 >= FULL_EVERY)
+            .then(|| delta::encode(None, &version.weights))
+            .map(|bytes| self.keep(bytes));
+        let ordinal = self.pipeline.ordinal();
+        let update = if step { 0 } else { self.pipeline.updates_in_step() };
+        self.versions.insert(step.then_some(ordinal), weights, base, delta, full);
+        self.write(Entry::Version { ordinal, update, weights, delta, delta_bytes, base, full });
+        let policy_version = self.pipeline.state().optimizer.update_count;
+        self.announce(StatusEvent::Version {
+            ordinal,
+            policy_version,
+            weights: weights.to_string(),
+        });
+    }
+
+    /// Keeps the state now and then; holds steps back shortly if that is what it takes.
+    fn save_if_due(&mut self) {
+        let ordinal = self.pipeline.ordinal();
+        let every = self.pipeline.config.checkpoint.every;
+        let due =
+            ordinal >= self.snapshot_ordinal + every || ordinal == self.pipeline.config.steps();
+        self.pipeline.set_barrier(ordinal + 2 >= self.snapshot_ordinal + every);
+        if due && self.pipeline.is_at_boundary() {
+            self.snapshot_ordinal = ordinal;
+            self.pipeline.set_barrier(false);
+            self.snapshot();
+        }
+    }
+
+    pub(super) fn snapshot(&mut self) {
+        let files = self.pipeline.state().save(&self.pipeline.config, self.pipeline.model());
+        let ordinal = self.pipeline.ordinal();
+        self.effect(Effect::Snapshot { ordinal, files: Box::new(files) });
+    }
+
+    /// The newest unaudited unit of whoever keeps a version provisional.
+    fn newest_unaudited(&self, sequence: u64) -> Option<(PeerKey, Accepted)> {
+        let owner = self.records.iter().find(|(_, r)| r.unaudited.contains_key(&sequence))?;
+        let newest = owner.1.unaudited.values().next_back()?;
+        Some((*owner.0, *newest))
+    }
+
+    fn audit_old(&mut self) {
+        let ordinal = self.pipeline.ordinal();
+        let Some(&(oldest, sequence)) = self.unsettled.first() else { return };
+        if oldest + PROVISIONAL_STEPS_MAX <= ordinal {
+            self.audit_newest(sequence);
+        }
+    }
+
+    /// Asks for an audit of the newest unit of the owner of `sequence`, once.
+    fn audit_newest(&mut self, sequence: u64) {
+        let Some((peer, newest)) = self.newest_unaudited(sequence) else { return };
+        if self.audits.values().all(|a| a.of != peer) {
+            self.audit_accepted(peer, newest, Urgency::Spot);
+        }
+    }
+
+    /// Marks versions final; closes the run when all are.
+    pub(super) fn finish(&mut self) {
+        if self.halted || self.closed {
+            return;
+        }
+        let done = self.pipeline.is_done();
+        let stands = self.unsettled.first().map_or(self.pipeline.ordinal(), |(o, _)| *o);
+        let stands = if self.redo.is_empty() { stands } else { self.final_ordinal };
+        if stands > self.final_ordinal {
+            self.final_ordinal = stands;
+            self.write(Entry::Final { ordinal: stands });
+            self.announce(StatusEvent::Final { ordinal: stands });
+        }
+        if !done {
+            return;
+        }
+        let waiting: Vec<u64> = self.first_unsettled().collect();
+        for sequence in &waiting {
+            self.audit_newest(*sequence);
+        }
+        if waiting.is_empty() && self.redo.is_empty() && self.audits.is_empty() {
+            let weights: Hash = self.pipeline.version().hash().into();
+            self.closed = true;
+            self.write(Entry::Closed { weights });
+            self.announce(StatusEvent::State { state: RunState::Done });
+            self.effect(Effect::Closed(weights));
+        }
+    }
+
+    /// The first unit of each volunteer that no audit stands behind.
+    fn first_unsettled(&self) -> impl Iterator<Item = u64> {
+        self.records.values().filter_map(|record| {
+            let since = record.settled.map_or(0, |s| s + 1);
+            record.unaudited.range(since..).next().map(|(s, _)| *s)
+        })
+    }
+}
+
+/// Items whose unit is sure to fit a message.
+fn items_max(work: &Work) -> usize {
+    // Varints: 5 bytes a token; 15 bytes of seeds a token; 32 bytes an item.
+    let longest = match work {
+        Work::Sample { requests, .. } => {
+            requests.iter().map(|r| r.prompt.len() * 5 + 32).max().unwrap_or(1)
+        }
+        Work::Check { requests, claims, .. } => {
+            let pairs = requests.iter().zip(claims);
+            pairs.map(|(r, c)| (r.prompt.len() + c.len()) * 5 + 48).max().unwrap_or(1)
+        }
+        Work::Score { sequences, .. } => {
+            sequences.iter().map(|s| s.tokens.len() * 5 + 32).max().unwrap_or(1)
+        }
+        Work::Gradient { sequences, .. } => {
+            sequences.iter().map(|s| s.tokens.len() * 20 + 48).max().unwrap_or(1)
+        }
+    };
+    (UNIT_BYTES_MAX / 2 / longest).max(1)
+}
+
+/// Runs of items without an output.
+fn missing_ranges(job: &OpenJob) -> Vec<std::ops::Range<usize>> {
+    let mut out: Vec<std::ops::Range<usize>> = Vec::new();
+    for i in (0..job.job.work.items()).filter(|&i| job.is_missing(i)) {
+        match out.last_mut() {
+            Some(range) if range.end == i => range.end = i + 1,
+            _ => out.push(i..i + 1),
+        }
+    }
+    out
+}

@@ -1,0 +1,300 @@
+//! Starting a run, and going on with one from its ledger and blobs.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::versions::Versions;
+use super::{Blobs, Coordinator, Files, show};
+use crate::checkpoint::CheckpointError;
+use crate::conformance::suite::DIGEST;
+use crate::run::config::{RunConfig, RunConfigError};
+use crate::run::pipeline::{Pipeline, TrainError};
+use crate::run::problems::Problems;
+use crate::run::state::State;
+use crate::swarm::chain::{BrokenChain, Verifier, Writer};
+use crate::swarm::delta;
+use crate::swarm::ids::{Hash, PeerKey, Secret};
+use crate::swarm::ledger::{Entry, Record, UnitEntry, Verdict};
+use crate::swarm::scheduler::Scheduler;
+use crate::swarm::unit::{Unit, decode_output};
+
+/// Why a coordination peer cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoverError {
+    /// The ledger is damaged.
+    #[error("the ledger is damaged: {0}")]
+    Chain(#[from] BrokenChain),
+    /// The first record opens another run.
+    #[error("the ledger belongs to another run file; give this run another directory")]
+    OtherRun,
+    /// The run was made by other arithmetic.
+    #[error("the ledger was written under arithmetic {ledger}, this program computes {DIGEST}")]
+    OtherArithmetic {
+        /// Digest in the ledger.
+        ledger: String,
+    },
+    /// The ledger is somebody else's.
+    #[error(
+        "the ledger is signed by {signer}, this peer is {own}; use `--promote` if the other peer is lost"
+    )]
+    OtherSigner {
+        /// Who signs.
+        signer: PeerKey,
+        /// Who wants to.
+        own: PeerKey,
+    },
+    /// The run file cannot work.
+    #[error(transparent)]
+    Config(#[from] RunConfigError),
+    /// A snapshot cannot be read.
+    #[error(transparent)]
+    Snapshot(#[from] CheckpointError),
+    /// The run cannot go on.
+    #[error(transparent)]
+    Train(#[from] TrainError),
+}
+
+/// What a coordination peer starts with.
+pub struct Start<'a> {
+    /// The run file.
+    pub config: RunConfig,
+    /// Its problems.
+    pub problems: Problems,
+    /// Content hashes of the problem files.
+    pub files: Vec<(String, Hash)>,
+    /// The peer's key.
+    pub secret: Secret,
+    /// Secret seed of the choice of audits.
+    pub audit_seed: [u8; 32],
+    /// The operator's token.
+    pub token: String,
+    /// The ledger so far; empty for a new run.
+    pub ledger: &'a mut dyn Iterator<Item = Vec<u8>>,
+    /// States that were kept, newest first: steps of all phases, and how to read them.
+    pub snapshots: Vec<(u64, BTreeMap<String, Vec<u8>>)>,
+    /// Whether to go on with a run whose coordination peer is lost.
+    pub promote: bool,
+    /// Times, as for [`Coordinator::handle`].
+    pub now_ms: u64,
+    /// Milliseconds since 1970.
+    pub wall_ms: u64,
+}
+
+/// What the ledger says, once read.
+#[derive(Default)]
+struct Past {
+    units: Vec<(u64, UnitEntry)>,
+    voided: BTreeSet<Hash>,
+    audits: Vec<(Hash, PeerKey, PeerKey, u64)>,
+    expelled: Vec<(PeerKey, crate::swarm::ledger::Offence)>,
+    followers: Vec<PeerKey>,
+    final_ordinal: u64,
+    closed: bool,
+}
+
+impl Coordinator {
+    /// Starts a run, or goes on with it. The effects of what was done on the way come from the
+    /// next [`Coordinator::handle`].
+    pub fn recover(start: Start<'_>, blobs: &dyn Blobs) -> Result<Self, RecoverError> {
+        let config_json = serde_json::to_string(&start.config).expect("a run file is plain data");
+        let mut verifier = Verifier::default();
+        let (mut past, mut versions) = (Past::default(), Versions::default());
+        for bytes in &mut *start.ledger {
+            let record = verifier.push(&bytes)?;
+            read(record, &config_json, &mut past, &mut versions)?;
+        }
+        let own = start.secret.key();
+        let is_new = verifier.sequence() == 0;
+        let mut promoted = false;
+        if let Some(signer) = verifier.signer().filter(|s| *s != own) {
+            if !(start.promote && past.followers.contains(&own)) {
+                return Err(RecoverError::OtherSigner { signer, own });
+            }
+            promoted = true;
+        }
+        let writer = if is_new {
+            Writer::new(start.secret.clone())
+        } else {
+            Writer::after(&verifier, start.secret.clone())
+        };
+        let model = start.config.model()?;
+        let mut state = State::new(&start.config, &model);
+        let mut snapshot_ordinal = 0;
+        for (ordinal, files) in &start.snapshots {
+            let (stored, snapshot) = State::load(files)?;
+            let weights = crate::model::weights::Weights::quantize(&model, &snapshot.master());
+            // States that were rolled back, or belong to another run, do not count.
+            if stored == start.config && versions.at(*ordinal) == Some(weights.hash().into()) {
+                (state, snapshot_ordinal) = (snapshot, *ordinal);
+                break;
+            }
+        }
+        let pipeline = Pipeline::new(start.config.clone(), start.problems, state)?;
+        let max_new_tokens = pipeline.max_new_tokens();
+        let mut c = Self {
+            pipeline,
+            writer,
+            run: verifier.run().unwrap_or(Hash([0; 32])),
+            config_json,
+            audit_seed: start.audit_seed,
+            peers: Vec::new(),
+            token: start.token,
+            scheduler: Scheduler::new(start.config.swarm.clone()),
+            sessions: BTreeMap::new(),
+            units: BTreeMap::new(),
+            audits: BTreeMap::new(),
+            executing: None,
+            records: BTreeMap::new(),
+            unsettled: BTreeSet::new(),
+            redo: BTreeMap::new(),
+            versions,
+            final_ordinal: past.final_ordinal,
+            snapshot_ordinal,
+            mean_length: max_new_tokens as f64 / 2.0,
+            paused: false,
+            closed: past.closed,
+            halted: false,
+            figures: show::Figures::default(),
+            now_ms: start.now_ms,
+            wall_ms: start.wall_ms,
+            started_ms: start.now_ms,
+            blobs_out: Vec::new(),
+            records_out: Vec::new(),
+            effects: Vec::new(),
+        };
+        if is_new {
+            c.open(start.files);
+        } else if promoted {
+            c.write(Entry::Promoted { coordinator: own });
+        }
+        c.resume(past, blobs)?;
+        Ok(c)
+    }
+
+    /// The first record, and the weights before the first step.
+    fn open(&mut self, files: Vec<(String, Hash)>) {
+        let version = self.pipeline.version().clone();
+        let weights: Hash = version.hash().into();
+        let full = self.keep(delta::encode(None, &version.weights));
+        let zeros = Hash([0; 32]);
+        self.write(Entry::Open {
+            config: self.config_json.clone(),
+            files,
+            digest: DIGEST.into(),
+            weights,
+            full,
+            coordinator: self.writer.coordinator(),
+        });
+        self.run = self.writer.run().unwrap_or(zeros);
+        self.versions.insert(Some(0), weights, zeros, full, Some(full));
+    }
+
+    /// Lets everything that stands enter again, in the order of the ledger.
+    fn resume(&mut self, past: Past, blobs: &dyn Blobs) -> Result<(), RecoverError> {
+        let mut by_path: BTreeMap<_, Vec<UnitEntry>> = BTreeMap::new();
+        let stands = |u: &UnitEntry| !past.voided.contains(&u.unit);
+        for (sequence, unit) in past.units.iter().filter(|(_, u)| stands(u)) {
+            by_path.entry(unit.path).or_default().push(*unit);
+            self.enter(*unit, Hash([0; 32]), *sequence);
+        }
+        for (unit, of, auditor, cost) in &past.audits {
+            self.settle(*of, *unit, *auditor, *cost);
+        }
+        self.refill(&by_path, blobs)?;
+        for (peer, offence) in past.expelled {
+            self.expel(peer, offence);
+        }
+        self.sync();
+        Ok(())
+    }
+
+    /// Supplies the pipeline from units that stand, as far as they reach.
+    fn refill(
+        &mut self,
+        by_path: &BTreeMap<crate::run::job::JobPath, Vec<UnitEntry>>,
+        blobs: &dyn Blobs,
+    ) -> Result<(), RecoverError> {
+        loop {
+            let ordinal = self.pipeline.ordinal();
+            let mut progress = self.pipeline.advance()?.is_some();
+            if self.pipeline.ordinal() > ordinal {
+                self.snapshot_ordinal = self.snapshot_ordinal.min(ordinal);
+            }
+            let open: Vec<_> = self.pipeline.jobs().map(|j| j.job.path).collect();
+            for path in open {
+                for entry in by_path.get(&path).into_iter().flatten() {
+                    progress |= self.supply_again(entry, blobs);
+                }
+            }
+            if !progress {
+                return Ok(());
+            }
+        }
+    }
+
+    /// One unit of the ledger; `false` if it is there already, or belongs to a step that was rolled
+    /// back, whose weights or inputs were others.
+    fn supply_again(&mut self, entry: &UnitEntry, blobs: &dyn Blobs) -> bool {
+        let range = entry.first as usize..(entry.first + entry.count) as usize;
+        let Some(job) = self.pipeline.job(entry.path) else { return false };
+        if range.end > job.job.work.items() || !range.clone().all(|i| job.is_missing(i)) {
+            return false;
+        }
+        let work = job.job.work.slice(range.clone());
+        let unit = Unit { weights: job.job.version.hash().into(), work };
+        if Hash::of(&unit.encode()) != entry.unit {
+            return false;
+        }
+        let model = self.pipeline.model();
+        let bytes = blobs.get(&entry.receipt);
+        let output = bytes.and_then(|b| decode_output(&b, &unit.work, model).ok());
+        // A blob that is lost is computed again.
+        let Some(output) = output else { return false };
+        self.pipeline.supply(entry.path, range.start, range.len(), output).is_ok()
+    }
+
+    /// Takes the state from the coordination peer's own files, for checks in tests.
+    pub fn state_files(&self) -> Files {
+        self.pipeline.state().save(&self.pipeline.config, self.pipeline.model())
+    }
+}
+
+fn read(
+    record: Record,
+    config_json: &str,
+    past: &mut Past,
+    versions: &mut Versions,
+) -> Result<(), RecoverError> {
+    match record.entry {
+        Entry::Open { config, digest, weights, full, .. } => {
+            if config != config_json {
+                return Err(RecoverError::OtherRun);
+            }
+            if digest != DIGEST {
+                return Err(RecoverError::OtherArithmetic { ledger: digest });
+            }
+            versions.insert(Some(0), weights, Hash([0; 32]), full, Some(full));
+        }
+        Entry::Unit(unit) => past.units.push((record.sequence, unit)),
+        Entry::Audit { unit, volunteer, auditor, verdict, multiply_adds, .. } => {
+            if verdict == Verdict::Valid {
+                past.audits.push((unit, volunteer, auditor, multiply_adds));
+            }
+        }
+        Entry::Expelled { volunteer, offence, .. } => past.expelled.push((volunteer, offence)),
+        Entry::Voided { unit, .. } => {
+            past.voided.insert(unit);
+        }
+        Entry::Version { ordinal, update, weights, delta, base, full, .. } => {
+            versions.insert((update == 0).then_some(ordinal), weights, base, delta, full);
+        }
+        Entry::Final { ordinal } => past.final_ordinal = past.final_ordinal.max(ordinal),
+        Entry::RolledBack { ordinal } => {
+            versions.roll_back(ordinal);
+            past.final_ordinal = past.final_ordinal.min(ordinal);
+        }
+        Entry::Follower { coordinator } => past.followers.push(coordinator),
+        Entry::Closed { .. } => past.closed = true,
+        Entry::Promoted { .. } => {}
+    }
+    Ok(())
+}

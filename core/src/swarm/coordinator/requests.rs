@@ -1,0 +1,259 @@
+//! Answering volunteers.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::{
+    Blobs, Coordinator, Effect, FOLLOWERS_MAX, InFlight, NEWS_MAX, Offer, SESSIONS_MAX, Session,
+};
+use crate::conformance::suite::DIGEST;
+use crate::swarm::ids::{Hash, PeerKey};
+use crate::swarm::ledger::{Entry, Offence, receipt_message};
+use crate::swarm::protocol::{Idle, PROTOCOL, PeerAddress, Refusal, Request, Response, Welcome};
+use crate::swarm::scheduler::{Assignment, TaskId};
+use crate::swarm::status::StatusEvent;
+use crate::swarm::unit::{Unit, decode_output, result_bytes_max};
+
+impl Coordinator {
+    pub(super) fn request(
+        &mut self,
+        peer: PeerKey,
+        token: u64,
+        request: Request,
+        blobs: &dyn Blobs,
+    ) {
+        self.figures.messages += 1;
+        if let Some(offence) = self.expelled_for(&peer) {
+            return self.refuse(token, Refusal::Expelled(offence));
+        }
+        // Reading is free; working takes a session.
+        let response = match request {
+            Request::Ledger { from, limit } => {
+                return self.effect(Effect::ReplyRecords { token, from, limit });
+            }
+            Request::Weights { want, have } => match self.versions.plan(want, &have) {
+                Some((base, blobs)) => Response::Weights { base, blobs },
+                None => Response::Refused(Refusal::UnknownWeights),
+            },
+            Request::Peers => Response::Peers(self.peers.clone()),
+            Request::Follow { token, addresses } => self.follow(peer, &token, addresses),
+            Request::Hello { protocol, digest, agent, engine, speed } => {
+                self.hello(peer, protocol, &digest, agent, engine, speed)
+            }
+            _ if !self.sessions.contains_key(&peer) => Response::Refused(Refusal::NoSession),
+            Request::Take => self.take(peer, blobs),
+            Request::Beat { units } => {
+                let wanted = |unit: &Hash| self.is_wanted(peer, unit);
+                Response::Beat { unwanted: units.into_iter().filter(|u| !wanted(u)).collect() }
+            }
+            Request::Receipt { unit, receipt, bytes, signature } => {
+                self.receipt(peer, unit, Offer { receipt, bytes, signature }, blobs)
+            }
+            Request::Release { units } => {
+                let tasks = units.iter().filter_map(|u| self.task_of(peer, u));
+                for task in tasks.collect::<Vec<_>>() {
+                    self.scheduler.release(peer, task);
+                }
+                Response::Done
+            }
+        };
+        self.scheduler.touch(peer, self.now_ms);
+        self.effect(Effect::Reply { token, response });
+    }
+
+    fn refuse(&mut self, token: u64, refusal: Refusal) {
+        self.effect(Effect::Reply { token, response: Response::Refused(refusal) });
+    }
+
+    fn expelled_for(&self, peer: &PeerKey) -> Option<Offence> {
+        self.scheduler.volunteers().get(peer).and_then(|v| v.standing.expelled)
+    }
+
+    fn hello(
+        &mut self,
+        peer: PeerKey,
+        protocol: u32,
+        digest: &str,
+        agent: String,
+        engine: String,
+        speed: f64,
+    ) -> Response {
+        if protocol != PROTOCOL {
+            return Response::Refused(Refusal::Protocol(PROTOCOL));
+        }
+        if digest != DIGEST {
+            return Response::Refused(Refusal::Digest);
+        }
+        if self.sessions.len() >= SESSIONS_MAX && !self.sessions.contains_key(&peer) {
+            return Response::Refused(Refusal::Full);
+        }
+        self.scheduler.arrive(peer, speed, self.now_ms);
+        let joined_ms = self.now_ms;
+        let session = self
+            .sessions
+            .entry(peer)
+            .or_insert_with(|| Session { joined_ms, ..Session::default() });
+        (session.agent, session.engine) = (agent.clone(), engine);
+        self.announce(StatusEvent::Joined { peer: peer.to_string(), agent });
+        Response::Welcome(Welcome {
+            run: self.run,
+            config: self.config_json.clone(),
+            ordinal: self.pipeline.ordinal(),
+            beat_ms: (self.pipeline.config.swarm.silence_seconds * 250.0) as u32,
+            peers: self.peers.clone(),
+        })
+    }
+
+    pub(super) fn left(&mut self, peer: PeerKey) {
+        if self.sessions.remove(&peer).is_some() {
+            self.scheduler.leave(peer);
+            self.announce(StatusEvent::Left { peer: peer.to_string() });
+        }
+    }
+
+    fn follow(&mut self, peer: PeerKey, token: &str, addresses: Vec<String>) -> Response {
+        let same = token.len() == self.token.len()
+            && blake3::hash(token.as_bytes()) == blake3::hash(self.token.as_bytes());
+        if !same || self.token.is_empty() {
+            return Response::Refused(Refusal::Token);
+        }
+        let known = self.peers.iter().position(|p| p.peer == peer);
+        if known.is_none() && self.peers.len() > FOLLOWERS_MAX {
+            return Response::Refused(Refusal::Full);
+        }
+        let address = PeerAddress { peer, addresses };
+        match known {
+            Some(i) => self.peers[i] = address,
+            None => {
+                self.peers.push(address);
+                self.write(Entry::Follower { coordinator: peer });
+            }
+        }
+        Response::Peers(self.peers.clone())
+    }
+
+    fn news(&mut self, peer: PeerKey) -> Vec<(Hash, u64)> {
+        let Some(session) = self.sessions.get_mut(&peer) else { return Vec::new() };
+        let told = session.news.len().min(NEWS_MAX);
+        session.news.drain(..told).collect()
+    }
+
+    fn take(&mut self, peer: PeerKey, blobs: &dyn Blobs) -> Response {
+        let why = match (self.closed, self.paused) {
+            (true, _) => Some(Idle::Done),
+            (_, true) => Some(Idle::Paused),
+            _ => None,
+        };
+        let assignment = if why.is_none() { self.scheduler.take(peer, self.now_ms) } else { None };
+        let unit = match assignment {
+            Some(Assignment::Unit { task, path, first, count }) => {
+                self.issue(task, path, first, count)
+            }
+            Some(Assignment::Audit { audit }) => self.issue_audit(peer, audit, blobs),
+            None => None,
+        };
+        let accepted = self.news(peer);
+        match unit {
+            Some(unit) => {
+                self.figures.lease_bytes += unit.len() as u64;
+                Response::Unit { unit, accepted }
+            }
+            None => {
+                let unit_ms = self.pipeline.config.swarm.unit_seconds * 1e3;
+                let retry_ms = (unit_ms / 20.0).clamp(20.0, 2000.0) as u32;
+                Response::Idle { retry_ms, why: why.unwrap_or(Idle::Waiting), accepted }
+            }
+        }
+    }
+
+    /// The bytes of a unit that was just leased.
+    fn issue(
+        &mut self,
+        task: TaskId,
+        path: crate::run::job::JobPath,
+        first: usize,
+        count: usize,
+    ) -> Option<Vec<u8>> {
+        let job = &self.pipeline.job(path)?.job;
+        let version = Arc::clone(&job.version);
+        let unit =
+            Unit { weights: version.hash().into(), work: job.work.slice(first..first + count) };
+        let bytes = unit.encode();
+        let offers = BTreeMap::new();
+        self.units.entry(Hash::of(&bytes)).or_insert(InFlight {
+            task,
+            path,
+            first,
+            count,
+            unit,
+            version,
+            offers,
+            held: None,
+        });
+        Some(bytes)
+    }
+
+    /// The bytes of an audit that was just leased: the unit, in the form that is cheapest to check.
+    fn issue_audit(&mut self, peer: PeerKey, id: TaskId, blobs: &dyn Blobs) -> Option<Vec<u8>> {
+        let audit = self.audits.get_mut(&id)?;
+        let model = self.pipeline.model();
+        let issue = || {
+            let unit = Unit::decode(&blobs.get(&audit.unit)?, model).ok()?;
+            let claimed = decode_output(&blobs.get(&audit.receipt)?, &unit.work, model).ok()?;
+            Some(Unit { weights: unit.weights, work: unit.work.audit(&claimed) }.encode())
+        };
+        match issue() {
+            Some(bytes) => {
+                audit.given = Some(Hash::of(&bytes));
+                Some(bytes)
+            }
+            None => {
+                // Without its blobs only the coordination peer's own error report helps.
+                self.scheduler.release(peer, id);
+                None
+            }
+        }
+    }
+
+    /// The audit that `peer` holds in the form of `unit`.
+    fn audit_of(&self, peer: PeerKey, unit: &Hash) -> Option<TaskId> {
+        let given = self.audits.iter().filter(|(_, a)| a.given == Some(*unit));
+        given.map(|(id, _)| *id).find(|id| self.scheduler.holds(peer, *id))
+    }
+
+    fn task_of(&self, peer: PeerKey, unit: &Hash) -> Option<TaskId> {
+        let task = self.units.get(unit).map(|u| u.task);
+        let held = task.filter(|task| self.scheduler.holds(peer, *task));
+        held.or_else(|| self.audit_of(peer, unit))
+    }
+
+    fn is_wanted(&self, peer: PeerKey, unit: &Hash) -> bool {
+        self.task_of(peer, unit).is_some()
+    }
+
+    fn receipt(&mut self, peer: PeerKey, unit: Hash, offer: Offer, blobs: &dyn Blobs) -> Response {
+        let message = receipt_message(&self.run, &unit, &offer.receipt, offer.bytes);
+        if !peer.verifies(&message, &offer.signature) {
+            self.convict(peer, Offence::BadSignature, None);
+            return Response::Refused(Refusal::Expelled(Offence::BadSignature));
+        }
+        if let Some(audit) = self.audit_of(peer, &unit) {
+            self.audited_by(peer, audit, offer.receipt, blobs);
+            return Response::Keep;
+        }
+        let model = self.pipeline.model();
+        let Some(in_flight) = self.units.get_mut(&unit) else { return Response::Keep };
+        let open = in_flight.held.is_none() && self.scheduler.holds(peer, in_flight.task);
+        if !open {
+            return Response::Keep;
+        }
+        if offer.bytes > result_bytes_max(&in_flight.unit.work, model) {
+            self.convict(peer, Offence::Malformed, Some(unit));
+            return Response::Refused(Refusal::Expelled(Offence::Malformed));
+        }
+        in_flight.offers.insert(peer, offer);
+        let (receipt, bytes) = (offer.receipt, offer.bytes);
+        self.effect(Effect::Expect { peer, unit, receipt, bytes });
+        Response::Upload
+    }
+}
