@@ -155,7 +155,8 @@ impl RunDir {
     pub fn remove_after(&self, ordinal: u64) -> Result<()> {
         let last = self.checkpoint_dir(ordinal);
         for path in self.list()?.iter().filter(|path| **path > last) {
-            fs::remove_dir_all(path).with_context(|| format!("cannot remove {}", path.display()))?;
+            fs::remove_dir_all(path)
+                .with_context(|| format!("cannot remove {}", path.display()))?;
         }
         Ok(())
     }

@@ -136,7 +136,10 @@ async fn host(args: &HostArgs, config: &RunConfig, base: &std::path::Path) -> Re
     eprintln!("run        {} ({})", actor.run(), config.name);
     eprintln!("dashboard  {url}");
     eprintln!("join       {} join {url}", program());
-    eprintln!("operator   the token for pausing and stopping is in {}", dir.join(http::TOKEN_FILE).display());
+    eprintln!(
+        "operator   the token for pausing and stopping is in {}",
+        dir.join(http::TOKEN_FILE).display()
+    );
     let reader = storage.clone();
     let ledger = move |from, limit| {
         let records = reader.records(from, limit)?;

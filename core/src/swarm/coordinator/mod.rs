@@ -31,6 +31,8 @@ use crate::run::job::{JobPath, Version};
 use crate::run::pipeline::{Pipeline, TrainError};
 use versions::Versions;
 
+pub use recover::{RecoverError, Start};
+
 /// Volunteers with an open session.
 pub const SESSIONS_MAX: usize = 1 << 20;
 /// Followers of a coordination peer.
