@@ -19,9 +19,10 @@ use manyhands_core::model::decoder::{Decoder, DeviceGradients};
 use manyhands_core::model::tokenizer::{END, encode, encode_prompt};
 use manyhands_core::model::weights::{Gradients, Weights, shapes};
 use manyhands_core::run::config::RunConfig;
-use manyhands_core::run::gradient::accumulate;
+use manyhands_core::run::execute::accumulate;
 use manyhands_core::run::problems::Problems;
-use manyhands_core::run::trainer::{State, Trainer};
+use manyhands_core::run::state::State;
+use manyhands_core::run::trainer::Trainer;
 use manyhands_core::swarm::{delta, share};
 use manyhands_core::tasks::Split;
 use manyhands_shaders::twin::logits::temperature_scale;
@@ -37,6 +38,7 @@ fn main() {
         "model": { "preset": preset },
         "task": [{ "family": "countdown", "level": 1 }],
         "sft": { "steps": steps, "batch": 32, "optimizer": { "learning_rate": 2e-3 } },
+        "eval": { "problems": 1, "samples": 1, "k": [1] },
     }))
     .unwrap();
     let model = config.model().unwrap();
@@ -45,14 +47,14 @@ fn main() {
     let state = State::new(&config, &model);
     let mut trainer = Trainer::new(&engine, config, problems.clone(), state).unwrap();
     for done in [0, steps] {
-        while trainer.state.step < done {
-            ready(trainer.step(&mut |_| {})).unwrap();
+        while trainer.state().step < done {
+            ready(trainer.advance(&mut |_| {})).unwrap();
         }
         println!("{preset} after {done} steps");
         measure(
             &engine,
-            &trainer.state,
-            &Weights::quantize(&model, &trainer.state.master()),
+            trainer.state(),
+            &Weights::quantize(&model, &trainer.state().master()),
             &problems,
         );
     }

@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 
 use crate::engines::EngineChoice;
-use crate::{bench, demo, doctor, donor, eval, sample, train};
+use crate::{bench, demo, doctor, donor, eval, host, join, sample, train};
 
 /// Train reasoning models together, in exact arithmetic: every machine computes the same bits.
 #[derive(Debug, Parser)]
@@ -42,6 +42,10 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Train a tiny model from nothing and show what reinforcement learning adds.
     Demo(demo::DemoArgs),
+    /// Start or resume a run that others can join: a coordination peer.
+    Host(host::HostArgs),
+    /// Contribute to a run until told to stop.
+    Join(join::JoinArgs),
     /// Let this machine's volunteer take no more work for now.
     Pause(donor::ControlArgs),
     /// Let this machine's volunteer work again.
@@ -57,6 +61,8 @@ pub fn run() -> Result<ExitCode> {
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Host(args) => host::run(&args),
+        Command::Join(args) => join::run(&args),
         Command::Pause(args) => donor::run_pause(&args),
         Command::Resume(args) => donor::run_resume(&args),
     }

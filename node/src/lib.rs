@@ -4,6 +4,8 @@
 
 #![expect(clippy::print_stdout, reason = "a command line program prints its results")]
 
+#[cfg(feature = "attacks")]
+pub mod attack;
 pub mod bench;
 pub mod blobs;
 pub mod cli;
@@ -12,8 +14,10 @@ pub mod doctor;
 pub mod donor;
 pub mod engines;
 pub mod eval;
+pub mod host;
 pub mod http;
 pub mod identity;
+pub mod join;
 pub mod net;
 pub mod plot;
 pub mod sample;
@@ -22,3 +26,4 @@ pub mod store;
 pub mod train;
 pub mod tuning;
 pub mod view;
+pub mod weights;

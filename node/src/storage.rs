@@ -9,6 +9,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Error, Result, bail, ensure};
+use manyhands_core::swarm::ids::Hash;
 use redb::{
     Builder, Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageBackend,
     TableDefinition,
@@ -36,6 +37,7 @@ const CACHE_BYTES: usize = 32 << 20;
 const RECORDS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("records");
 const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
+const BLOBS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("blobs");
 
 /// The storage of one coordination peer. One process at a time has it open.
 #[derive(Debug)]
@@ -68,6 +70,7 @@ impl Storage {
             write.open_table(RECORDS)?;
             write.open_table(SNAPSHOTS)?;
             write.open_table(META)?;
+            write.open_table(BLOBS)?;
             Ok(write.commit()?)
         })?;
         let gap = storage.in_context(|| {
@@ -85,6 +88,12 @@ impl Storage {
 
     /// Appends records that follow the last one without a gap. All of them, or on an error none.
     pub fn append(&self, records: &[(u64, Vec<u8>)]) -> Result<()> {
+        self.persist(&[], records)
+    }
+
+    /// As [`Self::append`], with blobs of at most [`VALUE_BYTES_MAX`] in the same transaction, so
+    /// that a record never outlives what it names and small results cost one sync together.
+    pub fn persist(&self, blobs: &[(Hash, Vec<u8>)], records: &[(u64, Vec<u8>)]) -> Result<()> {
         ensure!(
             records.len() <= RECORDS_APPEND_MAX,
             "{} records at once are more than {RECORDS_APPEND_MAX}",
@@ -93,11 +102,19 @@ impl Storage {
         for (sequence, bytes) in records {
             check_value(bytes).with_context(|| format!("record {sequence}"))?;
         }
-        if records.is_empty() {
+        for (hash, bytes) in blobs {
+            check_value(bytes).with_context(|| format!("blob {hash}"))?;
+        }
+        if records.is_empty() && blobs.is_empty() {
             return Ok(());
         }
         let expected = self.in_context(|| {
             let write = self.database.begin_write()?;
+            let mut table = write.open_table(BLOBS)?;
+            for (hash, bytes) in blobs {
+                table.insert(hash.0.as_slice(), bytes.as_slice())?;
+            }
+            drop(table);
             let mut table = write.open_table(RECORDS)?;
             let first = table.len()?;
             for ((sequence, bytes), expected) in records.iter().zip(first..) {
@@ -115,6 +132,14 @@ impl Storage {
             bail!("record {sequence} does not follow the ledger, which goes on at {expected}");
         }
         Ok(())
+    }
+
+    /// A blob.
+    pub fn blob(&self, hash: &Hash) -> Result<Option<Vec<u8>>> {
+        self.in_context(|| {
+            let table = self.database.begin_read()?.open_table(BLOBS)?;
+            Ok(table.get(hash.0.as_slice())?.map(|value| value.value().to_vec()))
+        })
     }
 
     /// Records from sequence number `from`, in order; at most `limit`, [`RECORDS_READ_MAX`], and

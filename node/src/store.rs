@@ -109,7 +109,7 @@ impl RunDir {
         keep: usize,
     ) -> Result<PathBuf> {
         let dir = self.checkpoints();
-        let target = dir.join(format!("step-{ordinal:010}"));
+        let target = self.checkpoint_dir(ordinal);
         let temporary = dir.join(format!(".step-{ordinal:010}.tmp"));
         if temporary.exists() {
             fs::remove_dir_all(&temporary)
@@ -143,6 +143,26 @@ impl RunDir {
             fs::remove_dir_all(old).with_context(|| format!("cannot remove {}", old.display()))?;
         }
         Ok(target)
+    }
+
+    /// The files of every checkpoint that is whole, newest first.
+    pub fn load_files(&self) -> Result<Vec<BTreeMap<String, Vec<u8>>>> {
+        let all = self.list()?;
+        Ok(all.iter().rev().filter_map(|path| checkpoint_files(path).ok()).collect())
+    }
+
+    /// Removes checkpoints that come after this number.
+    pub fn remove_after(&self, ordinal: u64) -> Result<()> {
+        let last = self.checkpoint_dir(ordinal);
+        for path in self.list()?.iter().filter(|path| **path > last) {
+            fs::remove_dir_all(path)
+                .with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    fn checkpoint_dir(&self, ordinal: u64) -> PathBuf {
+        self.checkpoints().join(format!("step-{ordinal:010}"))
     }
 
     /// The newest checkpoint that is whole, or `None`. Damaged ones are named and passed over.
@@ -211,13 +231,17 @@ fn read_checked(dir: &Path, manifest: &Manifest, name: &str) -> Result<Vec<u8>> 
     Ok(bytes)
 }
 
-fn load_checkpoint(dir: &Path) -> Result<(RunConfig, State)> {
+fn checkpoint_files(dir: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
     let manifest = read_manifest(dir)?;
     let mut files = BTreeMap::new();
     for name in manifest.files.keys() {
         files.insert(name.clone(), read_checked(dir, &manifest, name)?);
     }
-    Ok(State::load(&files)?)
+    Ok(files)
+}
+
+fn load_checkpoint(dir: &Path) -> Result<(RunConfig, State)> {
+    Ok(State::load(&checkpoint_files(dir)?)?)
 }
 
 /// Finds the newest checkpoint below `path`: a run's directory, a checkpoint, or a weights file.

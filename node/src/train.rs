@@ -189,7 +189,7 @@ pub fn train(
 
 impl LogLine {
     /// Whether a state has this line behind it; one that has not will write it again.
-    fn precedes(&self, state: &State) -> bool {
+    pub(crate) fn precedes(&self, state: &State) -> bool {
         match self {
             Self::Step { report, .. } => {
                 (report.phase as u8, report.step) <= (state.phase as u8, state.step)

@@ -136,10 +136,11 @@ impl Gradients {
         Self(shapes(config).iter().map(|s| vec![0; s.rows * s.cols]).collect())
     }
 
-    /// Adds another sum; integer addition, so order never matters.
+    /// Adds another sum; integer addition, so order never matters. It wraps, which no sum of honest
+    /// shares comes near: a lie must not end the program before an audit finds it.
     pub fn add(&mut self, other: &Self) {
         for (a, b) in self.0.iter_mut().flatten().zip(other.0.iter().flatten()) {
-            *a += b;
+            *a = a.wrapping_add(*b);
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Pure: events and bytes in, effects and bytes out. Sockets, clocks and disks are `node`'s.
 //! Start at [`coordinator`] and [`volunteer`], the two state machines; they speak [`protocol`] about
-//! [`unit`]s, and what is accepted is written into the [`ledger`].
+//! [units](mod@unit), and what is accepted is written into the [`ledger`].
 
 pub mod chain;
 pub mod chunks;

@@ -219,6 +219,10 @@ fn encode<T: Serialize>(message: &T) -> Vec<u8> {
 }
 
 fn decode<T: DeserializeOwned, const MAX: usize>(bytes: &[u8]) -> Result<T, NoMessage> {
+    if bytes.len() > MAX / 4 {
+        return Err(NoMessage);
+    }
+    // The limit counts every integer in full, though most take fewer bytes.
     let config = bincode::config::standard().with_limit::<MAX>();
     match bincode::serde::decode_from_slice(bytes, config) {
         Ok((message, read)) if read == bytes.len() => Ok(message),
@@ -234,7 +238,7 @@ impl Request {
 
     /// Reads a request and checks its bounds.
     pub fn decode(bytes: &[u8]) -> Result<Self, NoMessage> {
-        let request: Self = decode::<_, REQUEST_BYTES_MAX>(bytes)?;
+        let request: Self = decode::<_, { 4 * REQUEST_BYTES_MAX }>(bytes)?;
         let text = |t: &str| t.len() <= TEXT_BYTES_MAX;
         let fits = match &request {
             Self::Hello { digest, agent, engine, speed, .. } => {
@@ -262,6 +266,6 @@ impl Response {
 
     /// Reads a response.
     pub fn decode(bytes: &[u8]) -> Result<Self, NoMessage> {
-        decode::<_, RESPONSE_BYTES_MAX>(bytes)
+        decode::<_, { 4 * RESPONSE_BYTES_MAX }>(bytes)
     }
 }

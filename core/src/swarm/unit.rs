@@ -35,7 +35,11 @@ impl Unit {
 
     /// Reads a unit and checks that the model can compute it.
     pub fn decode(bytes: &[u8], model: &ModelConfig) -> Result<Self, Malformed> {
-        let config = bincode::config::standard().with_limit::<UNIT_BYTES_MAX>();
+        if bytes.len() > UNIT_BYTES_MAX {
+            return Err(Malformed("a unit that is too large"));
+        }
+        // The limit counts every integer in full, though most take fewer bytes.
+        let config = bincode::config::standard().with_limit::<{ 8 * UNIT_BYTES_MAX }>();
         let (unit, read): (Self, _) = bincode::serde::decode_from_slice(bytes, config)
             .map_err(|_| Malformed("the bytes are no unit"))?;
         if read != bytes.len() {
@@ -87,7 +91,7 @@ pub fn encode_output(output: &Output) -> Vec<u8> {
 
 /// Reads a result and checks that it can be that of `work`.
 pub fn decode_output(bytes: &[u8], work: &Work, model: &ModelConfig) -> Result<Output, Malformed> {
-    let config = bincode::config::standard().with_limit::<RESULT_BYTES_MAX>();
+    let config = bincode::config::standard().with_limit::<{ 4 * RESULT_BYTES_MAX }>();
     let (wire, read): (WireOutput, _) = bincode::serde::decode_from_slice(bytes, config)
         .map_err(|_| Malformed("the bytes are no result"))?;
     if read != bytes.len() {

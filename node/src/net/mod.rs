@@ -1,7 +1,7 @@
 //! The network: connections, requests, uploads of results, and blobs. It moves opaque bytes.
 //!
-//! One task owns the swarm ([`event_loop`]); [`Net`] is a handle to it that clones. Transfers run
-//! in tasks of their own ([`results`], [`serve`]) or in their caller's ([`fetch`]). What messages
+//! One task owns the swarm (`event_loop`); [`Net`] is a handle to it that clones. Transfers run
+//! in tasks of their own (`results`, `serve`) or in their caller's (`fetch`). What messages
 //! mean, and whom to trust, is decided elsewhere. Start at [`Net::start`].
 
 mod codec;

@@ -1,5 +1,6 @@
 use super::*;
-use crate::swarm::ledger::{JobPath, Offence, Stage, UnitEntry, Verdict};
+use crate::run::job::{JobPath, Stage};
+use crate::swarm::ledger::{Offence, UnitEntry, Verdict};
 use proptest::prelude::*;
 
 /// A record a line: the kind of its entry and its bytes.
@@ -19,6 +20,7 @@ fn open() -> Entry {
         files: vec![("problems.jsonl".into(), hash("problems"))],
         digest: "x1-digest".into(),
         weights: hash("weights 0"),
+        full: hash("full 0"),
         coordinator: secret(1).key(),
     }
 }
@@ -39,7 +41,13 @@ fn unit(stage: Stage) -> Entry {
 
 fn audit(verdict: Verdict) -> Entry {
     let (volunteer, auditor) = (secret(3).key(), secret(1).key());
-    Entry::Audit { unit: hash("unit"), volunteer, auditor, verdict, receipt: hash("audited") }
+    let (unit, receipt) = (hash("unit"), hash("audited"));
+    Entry::Audit { unit, volunteer, auditor, verdict, receipt, multiply_adds: 250 }
+}
+
+fn version(update: u32, full: Option<Hash>) -> Entry {
+    let (weights, delta, base) = (hash("weights 1"), hash("delta"), hash("weights 0"));
+    Entry::Version { ordinal: 301, update, weights, delta, delta_bytes: 4096, base, full }
 }
 
 /// Every kind of entry with every kind of thing in it. The promotion is the last.
@@ -49,6 +57,7 @@ fn entries() -> Vec<Entry> {
     vec![
         open(),
         unit(Stage::Evaluate),
+        unit(Stage::EvaluateGreedy),
         unit(Stage::Rollout { draw: 2 }),
         unit(Stage::Proximal),
         unit(Stage::Reference),
@@ -63,15 +72,11 @@ fn entries() -> Vec<Entry> {
         expelled(Offence::LeaseHoarding, None),
         expelled(Offence::Flooding, None),
         Entry::Voided { unit: hash("unit"), volunteer },
-        Entry::Version {
-            ordinal: 301,
-            weights: hash("weights 1"),
-            delta: hash("delta"),
-            delta_bytes: 4096,
-            base: hash("weights 0"),
-        },
+        version(0, None),
+        version(2, Some(hash("full"))),
         Entry::Final { ordinal: 300 },
         Entry::RolledBack { ordinal: 299 },
+        Entry::Follower { coordinator: secret(2).key() },
         Entry::Closed { weights: hash("weights 1") },
         Entry::Promoted { coordinator: secret(2).key() },
     ]
@@ -88,6 +93,7 @@ fn kind(entry: &Entry) -> &'static str {
         Entry::Version { .. } => "version",
         Entry::Final { .. } => "final",
         Entry::RolledBack { .. } => "rolled_back",
+        Entry::Follower { .. } => "follower",
         Entry::Closed { .. } => "closed",
         Entry::Promoted { .. } => "promoted",
     }
@@ -134,7 +140,7 @@ fn record_of_every_kind_has_its_golden_bytes() {
     let mut kinds: Vec<&str> = chain.iter().map(|(record, _)| kind(&record.entry)).collect();
     kinds.sort_unstable();
     kinds.dedup();
-    assert_eq!(kinds.len(), 10, "{kinds:?}");
+    assert_eq!(kinds.len(), 11, "{kinds:?}");
 }
 
 #[test]
@@ -149,7 +155,9 @@ fn chain_verified_knows_run_and_signer() {
         let signer = if i < chain.len() - 2 { secret(1) } else { secret(2) };
         assert_eq!(verifier.signer(), Some(signer.key()), "record {i}");
     }
-    assert_eq!(Writer::after(&verifier, secret(2)).run(), verifier.run());
+    let writer = Writer::after(&verifier, secret(2));
+    assert_eq!(writer.run(), verifier.run());
+    assert_eq!(Some(writer.coordinator()), verifier.signer());
 }
 
 /// One bit of every byte of every record, all in turn.

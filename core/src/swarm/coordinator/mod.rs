@@ -31,6 +31,8 @@ use crate::run::job::{JobPath, Version};
 use crate::run::pipeline::{Pipeline, TrainError};
 use versions::Versions;
 
+pub use recover::{RecoverError, Start};
+
 /// Volunteers with an open session.
 pub const SESSIONS_MAX: usize = 1 << 20;
 /// Followers of a coordination peer.
@@ -123,6 +125,8 @@ pub struct Execution {
     pub weights: Hash,
     /// The same, if they are at hand.
     pub version: Option<Arc<Version>>,
+    /// Blobs that make them from nothing, in order.
+    pub plan: Vec<Hash>,
 }
 
 /// The files of a checkpoint.
@@ -361,7 +365,7 @@ impl Coordinator {
                 }
                 Event::Pause(paused) => self.paused = paused,
             }
-            self.execute_next();
+            self.execute_next(blobs);
         }
         self.flush();
         std::mem::take(&mut self.effects)
@@ -400,18 +404,23 @@ impl Coordinator {
     }
 
     /// Gives the own engine the most urgent audit.
-    fn execute_next(&mut self) {
+    fn execute_next(&mut self, blobs: &dyn Blobs) {
         if self.executing.is_some() || self.halted {
             return;
         }
         while let Some(id) = self.scheduler.take_own_audit() {
             let Some(audit) = self.audits.get(&id) else { continue };
+            let model = self.pipeline.model();
+            let unit = blobs.get(&audit.unit).and_then(|u| Unit::decode(&u, model).ok());
+            let weights = unit.map_or(audit.weights, |u| u.weights);
+            let plan = self.versions.plan(weights, &[]).map_or(Vec::new(), |(_, blobs)| blobs);
             let execution = Execution {
                 audit: id,
                 unit: audit.unit,
                 result: audit.receipt,
-                weights: audit.weights,
+                weights,
                 version: audit.version.clone(),
+                plan,
             };
             self.executing = Some(id);
             self.effect(Effect::Execute(execution));

@@ -3,6 +3,7 @@
 
 use super::versions::FULL_EVERY;
 use super::{Accepted, Coordinator, Effect};
+use crate::model::weights::Weights;
 use crate::run::job::{JobPath, OpenJob};
 use crate::run::pipeline::Advanced;
 use crate::run::work::Work;
@@ -97,7 +98,7 @@ impl Coordinator {
     }
 
     /// Publishes the pipeline's version as what changed from `base`.
-    fn publish(&mut self, base: Hash, base_weights: &crate::model::weights::Weights, step: bool) {
+    pub(super) fn publish(&mut self, base: Hash, base_weights: &Weights, step: bool) {
         let version = self.pipeline.version().clone();
         let weights: Hash = version.hash().into();
         let delta = delta::encode(Some(base_weights), &version.weights);

@@ -7,7 +7,7 @@ use super::{Blobs, Coordinator, Files, show};
 use crate::checkpoint::CheckpointError;
 use crate::conformance::suite::DIGEST;
 use crate::run::config::{RunConfig, RunConfigError};
-use crate::run::pipeline::{Pipeline, TrainError};
+use crate::run::pipeline::{Advanced, Pipeline, TrainError};
 use crate::run::problems::Problems;
 use crate::run::state::State;
 use crate::swarm::chain::{BrokenChain, Verifier, Writer};
@@ -214,10 +214,18 @@ impl Coordinator {
         blobs: &dyn Blobs,
     ) -> Result<(), RecoverError> {
         loop {
-            let ordinal = self.pipeline.ordinal();
-            let mut progress = self.pipeline.advance()?.is_some();
-            if self.pipeline.ordinal() > ordinal {
-                self.snapshot_ordinal = self.snapshot_ordinal.min(ordinal);
+            let before = self.pipeline.version().clone();
+            let advanced = self.pipeline.advance()?;
+            let mut progress = advanced.is_some();
+            let step = matches!(advanced, Some(Advanced::Step(_)));
+            let weights: Hash = self.pipeline.version().hash().into();
+            let known = match step {
+                true => self.versions.at(self.pipeline.ordinal()) == Some(weights),
+                false => self.versions.plan(weights, &[]).is_some(),
+            };
+            if !known {
+                // The ledger ends between a result and the version that it completed.
+                self.publish(before.hash().into(), &before.weights, step);
             }
             let open: Vec<_> = self.pipeline.jobs().map(|j| j.job.path).collect();
             for path in open {
