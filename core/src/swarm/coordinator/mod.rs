@@ -8,7 +8,7 @@
 //! it is written, and the coordinator starts again.
 
 mod progress;
-pub mod recover;
+mod recover;
 mod requests;
 mod results;
 mod show;
