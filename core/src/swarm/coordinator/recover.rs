@@ -130,6 +130,8 @@ impl Coordinator {
         }
         let pipeline = Pipeline::new(start.config.clone(), start.problems, state)?;
         let max_new_tokens = pipeline.max_new_tokens();
+        // No audit that was under way before a roll-back bears the name of one to come.
+        let first_id = verifier.sequence() << 24;
         let mut c = Self {
             pipeline,
             writer,
@@ -138,7 +140,7 @@ impl Coordinator {
             audit_seed: start.audit_seed,
             peers: Vec::new(),
             token: start.token,
-            scheduler: Scheduler::new(start.config.swarm.clone()),
+            scheduler: Scheduler::new(start.config.swarm.clone(), first_id),
             sessions: BTreeMap::new(),
             units: BTreeMap::new(),
             audits: BTreeMap::new(),

@@ -160,9 +160,11 @@ impl Coordinator {
 
     /// The own engine finished an audit: the last word.
     pub(super) fn executed(&mut self, id: TaskId, receipt: Hash, blobs: &dyn Blobs) {
-        if self.executing == Some(id) {
-            self.executing = None;
+        // Before a roll-back another audit may have been under way.
+        if self.executing != Some(id) {
+            return;
         }
+        self.executing = None;
         let Some(audit) = self.audits.remove(&id) else { return };
         self.scheduler.finish_audit(id);
         self.figures.own_audit += audit.cost;
@@ -257,8 +259,10 @@ impl Coordinator {
         let found = record.unaudited.values().find(|a| a.unit == unit).map(|a| a.sequence);
         if let Some(sequence) = found {
             let since = record.settled.map_or(0, |s| s + 1);
+            // An older unit's audit may come after a newer one's: nothing is left to settle then.
+            let later = record.unaudited.range(since..);
             let settled: Vec<Accepted> =
-                record.unaudited.range(since..=sequence).map(|(_, a)| *a).collect();
+                later.take_while(|(s, _)| **s <= sequence).map(|(_, a)| *a).collect();
             record.settled = record.settled.max(Some(sequence));
             record.unaudited.remove(&sequence);
             let credit: u64 = settled.iter().map(|a| a.multiply_adds).sum();
