@@ -216,7 +216,7 @@ impl Volunteer {
         match self.link {
             Link::Down { retry_ms } => retry_ms,
             Link::Dialling => self.now_ms + RETRY_MS_MAX,
-            Link::Up { .. } if self.asking.is_some() => self.beat_ms.max(self.now_ms + 1),
+            Link::Up { .. } if self.asking.is_some() => self.now_ms + RETRY_MS_MAX,
             Link::Up { .. } => {
                 let takes = !self.paused && self.held.len() < LEASES_A_VOLUNTEER_MAX;
                 let next = if takes { self.take_ms.min(self.beat_ms) } else { self.beat_ms };

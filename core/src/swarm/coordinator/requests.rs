@@ -40,7 +40,7 @@ impl Coordinator {
             Request::Hello { protocol, digest, agent, engine, speed } => {
                 self.hello(peer, protocol, &digest, agent, engine, speed)
             }
-            _ if !self.sessions.contains_key(&peer) => Response::Refused(Refusal::NoSession),
+            _ if !self.is_here(&peer) => Response::Refused(Refusal::NoSession),
             Request::Take => self.take(peer, blobs),
             Request::Beat { units } => {
                 let wanted = |unit: &Hash| self.is_wanted(peer, unit);
@@ -59,6 +59,12 @@ impl Coordinator {
         };
         self.scheduler.touch(peer, self.now_ms);
         self.effect(Effect::Reply { token, response });
+    }
+
+    /// Whether a session is open; whoever fell silent begins another.
+    fn is_here(&self, peer: &PeerKey) -> bool {
+        let volunteer = self.scheduler.volunteers().get(peer);
+        self.sessions.contains_key(peer) && volunteer.is_some_and(|v| v.is_present)
     }
 
     fn refuse(&mut self, token: u64, refusal: Refusal) {
@@ -239,12 +245,18 @@ impl Coordinator {
         }
         if let Some(audit) = self.audit_of(peer, &unit) {
             self.audited_by(peer, audit, offer.receipt, blobs);
+            // It keeps to the audit, should it have been given the unit itself too.
+            if let Some(in_flight) = self.units.get(&unit) {
+                self.scheduler.release(peer, in_flight.task);
+            }
             return Response::Keep;
         }
         let model = self.pipeline.model();
         let Some(in_flight) = self.units.get_mut(&unit) else { return Response::Keep };
         let open = in_flight.held.is_none() && self.scheduler.holds(peer, in_flight.task);
         if !open {
+            // Somebody was faster, and that is no lapse.
+            self.scheduler.release(peer, in_flight.task);
             return Response::Keep;
         }
         if offer.bytes > result_bytes_max(&in_flight.unit.work, model) {
