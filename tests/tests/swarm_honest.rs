@@ -19,7 +19,10 @@ fn solo_run_learns_from_rewards_and_reference() {
     let lab = lab(1);
     let rl: Vec<_> = lab.reports.iter().filter_map(|r| r.rl.as_ref()).collect();
     for r in &rl {
-        eprintln!("reward {:.3}, kept {}, kl {:.4}, lag {}", r.reward, r.groups_kept, r.batch.kl, r.policy_lag);
+        eprintln!(
+            "reward {:.3}, kept {}, kl {:.4}, lag {}",
+            r.reward, r.groups_kept, r.batch.kl, r.policy_lag
+        );
     }
     assert!(rl.iter().any(|r| r.reward > 0.0 && r.reward < 1.0), "rewards are all alike");
     assert!(rl.iter().any(|r| r.batch.kl > 0.0), "no distance to the reference");

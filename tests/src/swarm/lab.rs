@@ -143,8 +143,9 @@ impl Lab {
 
     /// What a correct engine gives.
     pub fn compute(&mut self, unit: &Unit) -> Output {
-        let parts: Vec<Output> =
-            (0..unit.work.items()).map(|i| self.item(unit.weights, unit.work.slice(i..i + 1))).collect();
+        let parts: Vec<Output> = (0..unit.work.items())
+            .map(|i| self.item(unit.weights, unit.work.slice(i..i + 1)))
+            .collect();
         let mut parts = parts.into_iter();
         let mut all = parts.next().expect("a unit has items");
         for part in parts {

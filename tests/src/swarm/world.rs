@@ -4,8 +4,10 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use manyhands_core::swarm::chain;
-use manyhands_core::swarm::coordinator::recover::Start;
-use manyhands_core::swarm::coordinator::{Arrival, Coordinator, Effect, Event, Execution, Files};
+
+use manyhands_core::swarm::coordinator::{
+    Arrival, Coordinator, Effect, Event, Execution, Files, Start,
+};
 use manyhands_core::swarm::ids::{Hash, PeerKey, Secret};
 use manyhands_core::swarm::ledger::Entry;
 use manyhands_core::swarm::protocol::{PeerAddress, Request, Response};
@@ -355,9 +357,8 @@ impl<'a> World<'a> {
 
     fn reply(&mut self, token: u64, response: &Response) {
         if let Response::Unit { unit, .. } = response {
-            let samples = Unit::decode(unit, &self.lab.model).is_ok_and(|u| {
-                matches!(u.work, manyhands_core::run::work::Work::Sample { .. })
-            });
+            let samples = Unit::decode(unit, &self.lab.model)
+                .is_ok_and(|u| matches!(u.work, manyhands_core::run::work::Work::Sample { .. }));
             self.computed_again += u64::from(samples && self.sampled.contains(&Hash::of(unit)));
         }
         let Some((i, link)) = self.tokens.remove(&token) else { return };
