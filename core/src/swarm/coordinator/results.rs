@@ -257,8 +257,9 @@ impl Coordinator {
         let found = record.unaudited.values().find(|a| a.unit == unit).map(|a| a.sequence);
         if let Some(sequence) = found {
             let since = record.settled.map_or(0, |s| s + 1);
-            let settled: Vec<Accepted> =
-                record.unaudited.range(since..=sequence).map(|(_, a)| *a).collect();
+            // Audits may come to an end in another order than the units entered.
+            let newly = (since <= sequence).then(|| record.unaudited.range(since..=sequence));
+            let settled: Vec<Accepted> = newly.into_iter().flatten().map(|(_, a)| *a).collect();
             record.settled = record.settled.max(Some(sequence));
             record.unaudited.remove(&sequence);
             let credit: u64 = settled.iter().map(|a| a.multiply_adds).sum();
