@@ -13,9 +13,9 @@ use crate::run::state::State;
 use crate::swarm::chain::{BrokenChain, Verifier, Writer};
 use crate::swarm::delta;
 use crate::swarm::ids::{Hash, PeerKey, Secret};
-use crate::swarm::ledger::{Entry, Record, UnitEntry, Verdict};
+use crate::swarm::ledger::{Entry, Record, UnitEntry};
+use crate::swarm::past::{ByPath, Past, is_missing, output_of, unit_of};
 use crate::swarm::scheduler::Scheduler;
-use crate::swarm::unit::{Unit, decode_output};
 
 /// Why a coordination peer cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -77,18 +77,6 @@ pub struct Start<'a> {
     pub now_ms: u64,
     /// Milliseconds since 1970.
     pub wall_ms: u64,
-}
-
-/// What the ledger says, once read.
-#[derive(Default)]
-struct Past {
-    units: Vec<(u64, UnitEntry)>,
-    voided: BTreeSet<Hash>,
-    audits: Vec<(Hash, PeerKey, PeerKey, u64)>,
-    expelled: Vec<(PeerKey, crate::swarm::ledger::Offence)>,
-    followers: Vec<PeerKey>,
-    final_ordinal: u64,
-    closed: bool,
 }
 
 impl Coordinator {
@@ -192,10 +180,9 @@ impl Coordinator {
 
     /// Lets everything that stands enter again, in the order of the ledger.
     fn resume(&mut self, past: Past, blobs: &dyn Blobs) -> Result<(), RecoverError> {
-        let mut by_path: BTreeMap<_, Vec<UnitEntry>> = BTreeMap::new();
-        let stands = |u: &UnitEntry| !past.voided.contains(&u.unit);
-        for (sequence, unit) in past.units.iter().filter(|(_, u)| stands(u)) {
-            by_path.entry(unit.path).or_default().push(*unit);
+        let mut by_path = ByPath::new();
+        for (sequence, unit) in past.standing() {
+            by_path.entry(unit.path).or_default().push((*sequence, *unit));
             self.enter(*unit, Hash([0; 32]), *sequence);
         }
         for (unit, of, auditor, cost) in &past.audits {
@@ -210,11 +197,7 @@ impl Coordinator {
     }
 
     /// Supplies the pipeline from units that stand, as far as they reach.
-    fn refill(
-        &mut self,
-        by_path: &BTreeMap<crate::run::job::JobPath, Vec<UnitEntry>>,
-        blobs: &dyn Blobs,
-    ) -> Result<(), RecoverError> {
+    fn refill(&mut self, by_path: &ByPath, blobs: &dyn Blobs) -> Result<(), RecoverError> {
         loop {
             let before = self.pipeline.version().clone();
             let advanced = self.pipeline.advance()?;
@@ -231,7 +214,7 @@ impl Coordinator {
             }
             let open: Vec<_> = self.pipeline.jobs().map(|j| j.job.path).collect();
             for path in open {
-                for entry in by_path.get(&path).into_iter().flatten() {
+                for (_, entry) in by_path.get(&path).into_iter().flatten() {
                     progress |= self.supply_again(entry, blobs);
                 }
             }
@@ -241,25 +224,14 @@ impl Coordinator {
         }
     }
 
-    /// One unit of the ledger; `false` if it is there already, or belongs to a step that was rolled
-    /// back, whose weights or inputs were others.
+    /// One unit of the ledger; `false` if it is there already, or is not what the run asks for.
     fn supply_again(&mut self, entry: &UnitEntry, blobs: &dyn Blobs) -> bool {
-        let range = entry.first as usize..(entry.first + entry.count) as usize;
-        let Some(job) = self.pipeline.job(entry.path) else { return false };
-        if range.end > job.job.work.items() || !range.clone().all(|i| job.is_missing(i)) {
-            return false;
-        }
-        let work = job.job.work.slice(range.clone());
-        let unit = Unit { weights: job.job.version.hash().into(), work };
-        if Hash::of(&unit.encode()) != entry.unit {
-            return false;
-        }
-        let model = self.pipeline.model();
-        let bytes = blobs.get(&entry.receipt);
-        let output = bytes.and_then(|b| decode_output(&b, &unit.work, model).ok());
+        let unit = unit_of(&self.pipeline, entry).filter(|_| is_missing(&self.pipeline, entry));
+        let Some(unit) = unit else { return false };
         // A blob that is lost is computed again.
-        let Some(output) = output else { return false };
-        self.pipeline.supply(entry.path, range.start, range.len(), output).is_ok()
+        let Ok(output) = output_of(&self.pipeline, entry, &unit, blobs) else { return false };
+        let (first, count) = (entry.first as usize, entry.count as usize);
+        self.pipeline.supply(entry.path, first, count, output).is_ok()
     }
 
     /// Takes the state from the coordination peer's own files, for checks in tests.
@@ -274,37 +246,22 @@ fn read(
     past: &mut Past,
     versions: &mut Versions,
 ) -> Result<(), RecoverError> {
-    match record.entry {
+    match &record.entry {
         Entry::Open { config, digest, weights, full, .. } => {
             if config != config_json {
                 return Err(RecoverError::OtherRun);
             }
             if digest != DIGEST {
-                return Err(RecoverError::OtherArithmetic { ledger: digest });
+                return Err(RecoverError::OtherArithmetic { ledger: digest.clone() });
             }
-            versions.insert(Some(0), weights, Hash([0; 32]), full, Some(full));
-        }
-        Entry::Unit(unit) => past.units.push((record.sequence, unit)),
-        Entry::Audit { unit, volunteer, auditor, verdict, multiply_adds, .. } => {
-            if verdict == Verdict::Valid {
-                past.audits.push((unit, volunteer, auditor, multiply_adds));
-            }
-        }
-        Entry::Expelled { volunteer, offence, .. } => past.expelled.push((volunteer, offence)),
-        Entry::Voided { unit, .. } => {
-            past.voided.insert(unit);
+            versions.insert(Some(0), *weights, Hash([0; 32]), *full, Some(*full));
         }
         Entry::Version { ordinal, update, weights, delta, base, full, .. } => {
-            versions.insert((update == 0).then_some(ordinal), weights, base, delta, full);
+            versions.insert((*update == 0).then_some(*ordinal), *weights, *base, *delta, *full);
         }
-        Entry::Final { ordinal } => past.final_ordinal = past.final_ordinal.max(ordinal),
-        Entry::RolledBack { ordinal } => {
-            versions.roll_back(ordinal);
-            past.final_ordinal = past.final_ordinal.min(ordinal);
-        }
-        Entry::Follower { coordinator } => past.followers.push(coordinator),
-        Entry::Closed { .. } => past.closed = true,
-        Entry::Promoted { .. } => {}
+        Entry::RolledBack { ordinal } => versions.roll_back(*ordinal),
+        _ => {}
     }
+    past.take(record.sequence, &record.entry);
     Ok(())
 }
