@@ -14,7 +14,7 @@ mod results;
 mod show;
 mod versions;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -203,6 +203,8 @@ struct Session {
     joined_ms: u64,
     /// Accepted since it was last told.
     news: Vec<(Hash, u64)>,
+    /// The question for work that has no answer yet.
+    waiting: Option<u64>,
 }
 
 /// A result that was announced.
@@ -285,6 +287,8 @@ pub struct Coordinator {
     token: String,
     scheduler: Scheduler,
     sessions: BTreeMap<PeerKey, Session>,
+    /// Who waits for work, and until when.
+    waiting: VecDeque<(u64, PeerKey)>,
     units: BTreeMap<Hash, InFlight>,
     audits: BTreeMap<TaskId, Audit>,
     /// The audit that the own engine works on.
@@ -366,6 +370,7 @@ impl Coordinator {
                 Event::Pause(paused) => self.paused = paused,
             }
             self.execute_next(blobs);
+            self.serve_waiting(blobs);
         }
         self.flush();
         std::mem::take(&mut self.effects)

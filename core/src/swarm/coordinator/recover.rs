@@ -1,6 +1,6 @@
 //! Starting a run, and going on with one from its ledger and blobs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::versions::Versions;
 use super::{Blobs, Coordinator, Files, show};
@@ -130,6 +130,7 @@ impl Coordinator {
             token: start.token,
             scheduler: Scheduler::new(start.config.swarm.clone(), first_id),
             sessions: BTreeMap::new(),
+            waiting: VecDeque::new(),
             units: BTreeMap::new(),
             audits: BTreeMap::new(),
             executing: None,

@@ -42,6 +42,14 @@ impl Scheduler {
         Some(Assignment::Unit { task, path, first, count })
     }
 
+    /// Whether there may be something to give out.
+    pub fn has_work(&self, now_ms: u64) -> bool {
+        !self.homeless.is_empty()
+            || !self.audit_queue.is_empty()
+            || self.late.first().is_some_and(|(at, _)| *at <= now_ms)
+            || self.jobs.values().any(|t| !t.uncut.is_empty())
+    }
+
     /// The most urgent audit that this volunteer may do: only trusted ones audit, never their own
     /// work.
     fn audit_for(&self, peer: PeerKey) -> Option<TaskId> {
