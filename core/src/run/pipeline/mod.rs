@@ -98,8 +98,8 @@ enum Now {
     Sampling,
     /// Learning from rollouts.
     Learning(Box<Learning>),
-    /// All is computed; an evaluation, or the barrier, may hold the step back.
-    Finished(Box<StepReport>),
+    /// All is computed, by so many updates; an evaluation, or the barrier, may hold the step back.
+    Finished(Box<StepReport>, u32),
 }
 
 /// A run as a state machine over jobs.
@@ -177,6 +177,7 @@ impl Pipeline {
     pub fn updates_in_step(&self) -> u32 {
         match &self.now {
             Now::Learning(learning) => learning.updates(),
+            Now::Finished(_, updates) => *updates,
             _ => 0,
         }
     }
@@ -242,7 +243,7 @@ impl Pipeline {
                 Now::Supervised(traces) => match self.take_output(self.path(GRADIENT)) {
                     Some(output) => {
                         let report = self.learn_traces(&traces, output)?;
-                        self.now = Now::Finished(Box::new(report));
+                        self.now = Now::Finished(Box::new(report), 1);
                     }
                     None => {
                         self.now = Now::Supervised(traces);
@@ -260,16 +261,16 @@ impl Pipeline {
                 },
                 Now::Learning(mut learning) => {
                     if let Some(report) = self.go_on_learning(&mut learning)? {
-                        self.now = Now::Finished(Box::new(report));
+                        self.now = Now::Finished(Box::new(report), learning.updates());
                     } else {
                         self.now = Now::Learning(learning);
                         return Ok(None);
                     }
                 }
-                Now::Finished(report) => {
+                Now::Finished(report, updates) => {
                     let held = self.barrier && !self.sampling.is_empty();
                     if held || self.examination.is_some() {
-                        self.now = Now::Finished(report);
+                        self.now = Now::Finished(report, updates);
                         return Ok(None);
                     }
                     return self.commit(report).map(Some);
