@@ -3,18 +3,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::versions::Versions;
-use super::{Blobs, Coordinator, Files, show};
+use super::{Accepted, Blobs, Coordinator, Files, show};
 use crate::checkpoint::CheckpointError;
 use crate::conformance::suite::DIGEST;
 use crate::run::config::{RunConfig, RunConfigError};
-use crate::run::pipeline::{Advanced, Pipeline, TrainError};
+use crate::run::job::JobPath;
+use crate::run::pipeline::{Advanced, Pipeline};
 use crate::run::problems::Problems;
 use crate::run::state::State;
 use crate::swarm::chain::{BrokenChain, Verifier, Writer};
 use crate::swarm::delta;
 use crate::swarm::ids::{Hash, PeerKey, Secret};
 use crate::swarm::ledger::{Entry, Record, UnitEntry, Verdict};
-use crate::swarm::scheduler::Scheduler;
+use crate::swarm::scheduler::{Scheduler, Urgency};
 use crate::swarm::unit::{Unit, decode_output};
 
 /// Why a coordination peer cannot start.
@@ -48,9 +49,6 @@ pub enum RecoverError {
     /// A snapshot cannot be read.
     #[error(transparent)]
     Snapshot(#[from] CheckpointError),
-    /// The run cannot go on.
-    #[error(transparent)]
-    Train(#[from] TrainError),
 }
 
 /// What a coordination peer starts with.
@@ -79,12 +77,20 @@ pub struct Start<'a> {
     pub wall_ms: u64,
 }
 
+/// An audit that was valid.
+struct ValidAudit {
+    unit: Hash,
+    of: PeerKey,
+    auditor: PeerKey,
+    cost: u64,
+}
+
 /// What the ledger says, once read.
 #[derive(Default)]
 struct Past {
-    units: Vec<(u64, UnitEntry)>,
-    voided: BTreeSet<Hash>,
-    audits: Vec<(Hash, PeerKey, PeerKey, u64)>,
+    /// By position in the ledger.
+    units: BTreeMap<u64, UnitEntry>,
+    audits: BTreeMap<u64, ValidAudit>,
     expelled: Vec<(PeerKey, crate::swarm::ledger::Offence)>,
     followers: Vec<PeerKey>,
     final_ordinal: u64,
@@ -148,6 +154,8 @@ impl Coordinator {
             records: BTreeMap::new(),
             unsettled: BTreeSet::new(),
             redo: BTreeMap::new(),
+            vouched: BTreeMap::new(),
+            failure: None,
             versions,
             final_ordinal: past.final_ordinal,
             snapshot_ordinal,
@@ -155,6 +163,7 @@ impl Coordinator {
             paused: false,
             closed: past.closed,
             halted: false,
+            restarts: false,
             figures: show::Figures::default(),
             now_ms: start.now_ms,
             wall_ms: start.wall_ms,
@@ -168,7 +177,7 @@ impl Coordinator {
         } else if promoted {
             c.write(Entry::Promoted { coordinator: own });
         }
-        c.resume(past, blobs)?;
+        c.resume(past, blobs);
         Ok(c)
     }
 
@@ -191,33 +200,57 @@ impl Coordinator {
     }
 
     /// Lets everything that stands enter again, in the order of the ledger.
-    fn resume(&mut self, past: Past, blobs: &dyn Blobs) -> Result<(), RecoverError> {
+    fn resume(&mut self, past: Past, blobs: &dyn Blobs) {
+        let Past { mut units, audits, expelled, .. } = past;
         let mut by_path: BTreeMap<_, Vec<UnitEntry>> = BTreeMap::new();
-        let stands = |u: &UnitEntry| !past.voided.contains(&u.unit);
-        for (sequence, unit) in past.units.iter().filter(|(_, u)| stands(u)) {
-            by_path.entry(unit.path).or_default().push(*unit);
-            self.enter(*unit, Hash([0; 32]), *sequence);
+        let mut drawn: BTreeMap<u64, (PeerKey, Accepted)> = BTreeMap::new();
+        for (position, audit) in audits {
+            let later = units.split_off(&position);
+            for (sequence, unit) in std::mem::replace(&mut units, later) {
+                self.enter_again(sequence, unit, &mut by_path, &mut drawn);
+            }
+            self.settle(audit.of, audit.unit, audit.auditor, audit.cost);
+            drawn.retain(|_, (of, a)| *of != audit.of || a.unit != audit.unit);
         }
-        for (unit, of, auditor, cost) in &past.audits {
-            self.settle(*of, *unit, *auditor, *cost);
+        for (sequence, unit) in units {
+            self.enter_again(sequence, unit, &mut by_path, &mut drawn);
         }
-        self.refill(&by_path, blobs)?;
-        for (peer, offence) in past.expelled {
+        self.refill(&by_path, blobs);
+        for (peer, offence) in expelled {
             self.expel(peer, offence);
         }
+        for (peer, accepted) in drawn.into_values() {
+            if !self.scheduler.is_expelled(&peer) {
+                self.audit_accepted(peer, accepted, Urgency::Spot);
+            }
+        }
         self.sync();
-        Ok(())
+    }
+
+    /// A unit of the ledger, and whether it was drawn for an audit when it was accepted.
+    fn enter_again(
+        &mut self,
+        sequence: u64,
+        unit: UnitEntry,
+        by_path: &mut BTreeMap<JobPath, Vec<UnitEntry>>,
+        drawn: &mut BTreeMap<u64, (PeerKey, Accepted)>,
+    ) {
+        by_path.entry(unit.path).or_default().push(unit);
+        let is_drawn = self.is_drawn(unit.volunteer, &unit.unit, &unit.receipt);
+        let accepted = self.enter(unit, Hash([0; 32]), sequence);
+        if is_drawn {
+            drawn.insert(sequence, (unit.volunteer, accepted));
+        }
     }
 
     /// Supplies the pipeline from units that stand, as far as they reach.
-    fn refill(
-        &mut self,
-        by_path: &BTreeMap<crate::run::job::JobPath, Vec<UnitEntry>>,
-        blobs: &dyn Blobs,
-    ) -> Result<(), RecoverError> {
+    fn refill(&mut self, by_path: &BTreeMap<JobPath, Vec<UnitEntry>>, blobs: &dyn Blobs) {
         loop {
             let before = self.pipeline.version().clone();
-            let advanced = self.pipeline.advance()?;
+            let advanced = match self.pipeline.advance() {
+                Ok(advanced) => advanced,
+                Err(error) => return self.doubt(error),
+            };
             let mut progress = advanced.is_some();
             let step = matches!(advanced, Some(Advanced::Step(_)));
             let weights: Hash = self.pipeline.version().hash().into();
@@ -236,7 +269,7 @@ impl Coordinator {
                 }
             }
             if !progress {
-                return Ok(());
+                return;
             }
         }
     }
@@ -284,15 +317,17 @@ fn read(
             }
             versions.insert(Some(0), weights, Hash([0; 32]), full, Some(full));
         }
-        Entry::Unit(unit) => past.units.push((record.sequence, unit)),
+        Entry::Unit(unit) => drop(past.units.insert(record.sequence, unit)),
         Entry::Audit { unit, volunteer, auditor, verdict, multiply_adds, .. } => {
             if verdict == Verdict::Valid {
-                past.audits.push((unit, volunteer, auditor, multiply_adds));
+                let audit = ValidAudit { unit, of: volunteer, auditor, cost: multiply_adds };
+                past.audits.insert(record.sequence, audit);
             }
         }
         Entry::Expelled { volunteer, offence, .. } => past.expelled.push((volunteer, offence)),
-        Entry::Voided { unit, .. } => {
-            past.voided.insert(unit);
+        // Somebody else may have computed it since: only what came before counts for nothing.
+        Entry::Voided { unit, volunteer } => {
+            past.units.retain(|_, u| u.unit != unit || u.volunteer != volunteer);
         }
         Entry::Version { ordinal, update, weights, delta, base, full, .. } => {
             versions.insert((update == 0).then_some(ordinal), weights, base, delta, full);
