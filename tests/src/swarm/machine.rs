@@ -3,11 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use manyhands_core::swarm::coordinator;
-use manyhands_core::swarm::ids::{Hash, PeerKey, Secret};
+use manyhands_core::swarm::ids::{Hash, PeerKey, Secret, Signature};
+use manyhands_core::swarm::ledger::receipt_message;
 use manyhands_core::swarm::protocol::{Refusal, Request};
-use manyhands_core::swarm::unit::{Unit, encode_output};
+use manyhands_core::swarm::unit::Unit;
 use manyhands_core::swarm::volunteer::{Effect, Event, Volunteer};
 
+use super::attacks::{Attack, Upload};
 use super::random::Random;
 use super::world::{Happening, World};
 
@@ -24,11 +26,13 @@ pub struct Profile {
     pub churn_ms: u64,
     /// When it comes.
     pub joins_ms: u64,
+    /// What it does to the run; nothing, if it is honest.
+    pub attack: Option<Attack>,
 }
 
 impl Default for Profile {
     fn default() -> Self {
-        Self { speed: 3e6, latency_ms: 10, loss: 0.0, churn_ms: 0, joins_ms: 0 }
+        Self { speed: 3e6, latency_ms: 10, loss: 0.0, churn_ms: 0, joins_ms: 0, attack: None }
     }
 }
 
@@ -42,6 +46,7 @@ impl Profile {
             loss: 0.03 * trouble * random.unit(),
             churn_ms: if churns { 1500 + random.below(6000) } else { 0 },
             joins_ms: random.below(1 + (3000.0 * trouble) as u64),
+            attack: None,
         }
     }
 }
@@ -60,6 +65,10 @@ pub struct Machine {
     pub accepted: u64,
     /// Why it is not served.
     pub refused: Option<Refusal>,
+    /// False results that it announced as its own work.
+    pub lies: u64,
+    /// Requests that it sent, newest last, while it replays them.
+    pub sent: Vec<Request>,
     /// Whether it heard that the run is complete.
     pub finished: bool,
     secret: Secret,
@@ -80,6 +89,8 @@ impl Machine {
             expected: BTreeMap::new(),
             accepted: 0,
             refused: None,
+            lies: 0,
+            sent: Vec::new(),
             finished: false,
             secret: Secret::from_seed(&key),
             weights: BTreeSet::new(),
@@ -90,6 +101,11 @@ impl Machine {
     /// Who it is.
     pub fn key(&self) -> PeerKey {
         self.secret.key()
+    }
+
+    /// Signs a receipt.
+    pub fn sign(&self, run: &Hash, unit: &Hash, receipt: &Hash, bytes: u64) -> Signature {
+        self.secret.sign(&receipt_message(run, unit, receipt, bytes))
     }
 
     /// For people.
@@ -192,7 +208,11 @@ impl World<'_> {
                 let delay = self.latency(i) + bytes.len() as u64 / 10_000;
                 let lost = self.random.chance(self.machines[i].profile.loss);
                 let link = self.machines[i].link;
-                self.after(delay, Happening::Upload(i, link, unit, (!lost).then_some(bytes)));
+                let (bytes, delay) = match self.tampered(i, bytes) {
+                    Upload::Bytes(bytes) => ((!lost).then_some(bytes), delay),
+                    Upload::Drips => (None, delay + 400),
+                };
+                self.after(delay, Happening::Upload(i, link, unit, bytes));
             }
             Effect::Accepted { .. } => self.machines[i].accepted += 1,
             Effect::Finished => self.machines[i].finished = true,
@@ -204,11 +224,12 @@ impl World<'_> {
     fn send(&mut self, i: usize, request: &Request) {
         let link = self.machines[i].link;
         let latency = self.latency(i);
+        let Some(bytes) = self.forged(i, request) else { return };
         if self.random.chance(self.machines[i].profile.loss) {
             let lost = Event::Answer(None);
             return self.after(1500, Happening::Hear(i, Some(link), lost));
         }
-        self.after(latency, Happening::Request(i, link, request.encode()));
+        self.after(latency, Happening::Request(i, link, bytes));
     }
 
     /// Weights from blobs that the coordinator keeps, on top of what the machine has.
@@ -234,7 +255,8 @@ impl World<'_> {
         let cost = unit.work.multiply_adds(&output, &self.lab.model);
         let jitter = self.random.between(0.7, 1.4);
         let took_ms = 1 + (cost as f64 / self.machines[i].profile.speed * 1e3 * jitter) as u64;
-        let event = Event::Computed { unit: hash, bytes: encode_output(&output) };
+        let Some(bytes) = self.result(i, hash, unit, output) else { return };
+        let event = Event::Computed { unit: hash, bytes };
         self.after(took_ms, Happening::Hear(i, None, event));
     }
 

@@ -57,6 +57,8 @@ pub enum Happening {
     Churn(usize),
     /// A program starts again.
     Return(usize),
+    /// A request whose answer nobody wants.
+    Inject(usize, Request),
     /// The own engine is done.
     Executed(u64, TaskId, Hash),
 }
@@ -91,6 +93,14 @@ pub struct World<'a> {
     pub restarts: u64,
     /// Weights that the coordinator closed the run with.
     pub closed: Option<Hash>,
+    /// Versions in the order in which they were published.
+    pub history: Vec<Hash>,
+    /// Units that colluders lied about, all in the same way.
+    pub shared_lies: BTreeSet<Hash>,
+    /// The newest honest result of each kind of work.
+    pub newest: BTreeMap<&'static str, Vec<u8>>,
+    /// Multiply-adds a second of the coordinator's own engine.
+    pub own_speed: f64,
     /// Samples given out that were in the ledger already.
     pub computed_again: u64,
     queue: BTreeMap<(u64, u64), Happening>,
@@ -118,6 +128,10 @@ impl<'a> World<'a> {
             crashed_at: Vec::new(),
             restarts: 0,
             closed: None,
+            history: Vec::new(),
+            shared_lies: BTreeSet::new(),
+            newest: BTreeMap::new(),
+            own_speed: OWN_SPEED,
             computed_again: 0,
             queue: BTreeMap::new(),
             next: 0,
@@ -196,6 +210,11 @@ impl<'a> World<'a> {
                 if self.machines[i].link == link {
                     self.requested(i, link, &bytes);
                 }
+            }
+            Happening::Inject(i, request) => {
+                self.next += 1;
+                let (peer, token) = (self.machines[i].key(), self.next);
+                self.coordinate(Event::Request { peer, token, request });
             }
             Happening::Upload(i, link, unit, bytes) => {
                 if self.machines[i].link == link {
@@ -346,6 +365,7 @@ impl<'a> World<'a> {
                 Entry::Open { weights, full: blob, .. }
                 | Entry::Version { weights, delta: blob, .. } => {
                     assert_eq!(self.lab.apply(&self.store.blobs[&blob]), weights);
+                    self.history.push(weights);
                 }
                 Entry::Unit(unit) => drop(self.sampled.insert(unit.unit)),
                 Entry::Voided { unit, .. } => drop(self.sampled.remove(&unit)),
@@ -379,12 +399,13 @@ impl<'a> World<'a> {
         let work = unit.work.audit(&claimed);
         let output = self.lab.compute(&Unit { weights: unit.weights, work });
         let cost = unit.work.multiply_adds(&output, &self.lab.model);
-        let delay = 1 + (cost as f64 / OWN_SPEED * 1e3) as u64;
+        let delay = 1 + (cost as f64 / self.own_speed * 1e3) as u64;
         let receipt = Hash::of(&encode_output(&output));
         self.after(delay, Happening::Executed(self.incarnation, execution.audit, receipt));
     }
 
-    fn machine_of(&self, peer: &PeerKey) -> Option<usize> {
+    /// The machine of an identity.
+    pub fn machine_of(&self, peer: &PeerKey) -> Option<usize> {
         self.machines.iter().position(|m| m.key() == *peer)
     }
 

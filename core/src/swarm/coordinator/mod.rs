@@ -250,10 +250,10 @@ struct Accepted {
     kind: u8,
 }
 
-/// Units of one volunteer that no audit has looked at.
+/// Units of one volunteer that the own engine has not redone.
 #[derive(Debug, Default)]
 struct Record {
-    unaudited: BTreeMap<u64, Accepted>,
+    unproven: BTreeMap<u64, Accepted>,
     /// Sequence of the newest unit that an audit stands behind.
     settled: Option<u64>,
 }
@@ -298,6 +298,10 @@ pub struct Coordinator {
     unsettled: BTreeSet<(u64, u64)>,
     /// Convicts whose units are being redone: those to do, and those found false.
     redo: BTreeMap<PeerKey, (BTreeSet<Hash>, Vec<Accepted>)>,
+    /// Volunteers on whose word a unit of another one was found valid: whose, and which.
+    vouched: BTreeMap<(PeerKey, Hash), PeerKey>,
+    /// Why the run cannot go on, unless a lie is the reason.
+    failure: Option<TrainError>,
     versions: Versions,
     final_ordinal: u64,
     snapshot_ordinal: u64,
@@ -306,6 +310,8 @@ pub struct Coordinator {
     closed: bool,
     /// Rolled back or failed: only a restart helps.
     halted: bool,
+    /// Rolled back: the last effect is a restart.
+    restarts: bool,
     figures: show::Figures,
     now_ms: u64,
     wall_ms: u64,
@@ -373,6 +379,9 @@ impl Coordinator {
             self.serve_waiting(blobs);
         }
         self.flush();
+        if std::mem::take(&mut self.restarts) {
+            self.effects.push(Effect::Restart);
+        }
         std::mem::take(&mut self.effects)
     }
 

@@ -162,6 +162,16 @@ impl Scheduler {
         }
     }
 
+    /// What a volunteer announced did not come: its unit goes to others. Whether this happened so
+    /// often that it must be expelled.
+    pub fn fail(&mut self, peer: PeerKey, task: TaskId, now_ms: u64) -> bool {
+        if !self.holds(peer, task) {
+            return false;
+        }
+        self.release(peer, task);
+        self.lapse(peer, now_ms) >= LAPSES_MAX
+    }
+
     /// Takes back what is over its deadline, and everything of those who fell silent. Returns who
     /// lapsed so often that it must be expelled.
     pub fn expire(&mut self, now_ms: u64) -> Vec<PeerKey> {
