@@ -93,6 +93,7 @@ impl Scheduler {
         };
         let id = self.next_id;
         self.next_id += 1;
+        tiling.tasks.insert(id);
         self.tasks.insert(id, task);
         self.counts.issued += 1;
         Some(id)
@@ -121,7 +122,8 @@ impl Scheduler {
         expected_ms
     }
 
-    pub(super) fn held(&self, peer: PeerKey) -> Vec<TaskId> {
+    /// What `peer` has.
+    pub fn held(&self, peer: PeerKey) -> Vec<TaskId> {
         self.volunteers.get(&peer).map_or(Vec::new(), |v| v.leases.keys().copied().collect())
     }
 

@@ -115,6 +115,8 @@ struct Tiling {
     uncut: VecDeque<Range<usize>>,
     item_cost: u64,
     items_max: usize,
+    /// Units that were cut and are not done with.
+    tasks: BTreeSet<TaskId>,
 }
 
 #[derive(Clone, Debug)]
@@ -317,7 +319,8 @@ impl Scheduler {
     ) {
         let uncut = missing.iter().filter(|r| !r.is_empty()).cloned().collect();
         let items_max = items_max.max(1);
-        let tiling = Tiling { uncut, item_cost: item_cost.max(1), items_max };
+        let (item_cost, tasks) = (item_cost.max(1), BTreeSet::new());
+        let tiling = Tiling { uncut, item_cost, items_max, tasks };
         self.jobs.entry(path).or_insert(tiling);
     }
 
@@ -328,10 +331,9 @@ impl Scheduler {
 
     /// A job is complete: whatever is still out for it is not wanted.
     pub fn close(&mut self, path: JobPath) {
-        self.jobs.remove(&path);
-        let of_job = self.tasks.iter().filter(|(_, t)| t.path == path).map(|(id, _)| *id);
-        for id in of_job.collect::<Vec<_>>() {
-            self.forget(id);
+        let tasks = self.jobs.remove(&path).map_or(BTreeSet::new(), |t| t.tasks);
+        for task in tasks {
+            self.forget(task);
         }
     }
 
@@ -364,6 +366,9 @@ impl Scheduler {
         self.set_late(task, None);
         if let Some(t) = self.tasks.remove(&task) {
             self.homeless.remove(&(t.path, task));
+            if let Some(tiling) = self.jobs.get_mut(&t.path) {
+                tiling.tasks.remove(&task);
+            }
             for peer in t.holders {
                 self.drop_lease(peer, task);
             }
