@@ -1,1 +1,3 @@
-//! End-to-end tests.
+//! End-to-end tests. The library is what several of them share.
+
+pub mod scale;
