@@ -9,6 +9,8 @@ pub struct Figures {
     pub steps: u64,
     /// Simulated seconds.
     pub seconds: f64,
+    /// Seconds of the second half.
+    pub late_seconds: f64,
     /// Work that entered the run.
     pub useful: f64,
     /// Audits by volunteers and by the coordination peer.
@@ -68,10 +70,11 @@ impl fmt::Display for Figures {
         let steps = self.steps.max(1) as f64;
         writeln!(
             f,
-            "steps            {} in {:.0} s, {:.1} s each",
+            "steps            {} in {:.0} s, {:.1} s each, second half {:.1} s",
             self.steps,
             self.seconds,
-            self.seconds / steps
+            self.seconds / steps,
+            self.late_seconds / (self.steps - self.steps / 2).max(1) as f64
         )?;
         writeln!(
             f,

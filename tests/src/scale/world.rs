@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BinaryHeap};
 
 use manyhands_core::run::config::SwarmSection;
 use manyhands_core::run::job::{JobPath, Stage};
+use manyhands_core::swarm::coordinator::OWN_CHECKS_MAX;
 use manyhands_core::swarm::ids::PeerKey;
 use manyhands_core::swarm::ledger::Offence;
 use manyhands_core::swarm::scheduler::{
@@ -20,7 +21,7 @@ const SPEED_MIN: f64 = 5e9;
 /// Pause between two signs of life.
 const BEAT_MS: u64 = 7_500;
 /// Speed of the coordination peer's own engine.
-const OWN_SPEED: f64 = 1e11;
+const OWN_SPEED: f64 = 2e10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum What {
@@ -210,6 +211,7 @@ impl<'a> World<'a> {
         let before = first_half.unwrap_or_default();
         all.late_present_seconds = all.present_seconds - before.present_seconds;
         all.late_busy_seconds = all.busy_seconds - before.busy_seconds;
+        all.late_seconds = all.seconds - before.seconds;
         all.late_useful = all.useful - before.useful;
         all.late_audited = all.audited - before.audited;
         all.trusted = (0..self.volunteers.len())
@@ -473,11 +475,12 @@ impl<'a> World<'a> {
         let Some(audit) = self.audits.remove(&id) else { return };
         self.scheduler.finish_audit(id);
         self.figures.audited += audit.cost as f64;
-        let again =
-            by.is_some() && (audit.is_false || self.random() < self.policy.audit_the_auditors);
-        if again {
+        let drawn = self.random() < self.policy.audit_the_auditors;
+        let has_time = self.scheduler.own_audits_waiting() < OWN_CHECKS_MAX;
+        if by.is_some() && (audit.is_false || drawn && has_time) {
             let (of, kind) = (key(audit.of), Kind::Forward);
-            let id = self.scheduler.request_own_audit(of, kind, audit.cost, Urgency::Spot);
+            let urgency = if audit.is_false { Urgency::Redo } else { Urgency::Spot };
+            let id = self.scheduler.request_own_audit(of, kind, audit.cost, urgency);
             self.audits.insert(id, audit);
             return;
         }

@@ -1,7 +1,7 @@
 //! Giving out units and audits, and taking back what lapsed.
 
 use super::{
-    Assignment, AuditTask, GUIDED_SHARE, HOLDERS_MAX, Kind, LAPSES_BEFORE_PAUSE, LAPSES_MAX, LATE,
+    Assignment, GUIDED_SHARE, HOLDERS_MAX, Kind, LAPSES_BEFORE_PAUSE, LAPSES_MAX, LATE,
     LEASES_A_VOLUNTEER_MAX, Lease, PATIENCE, PAUSE_MS_MAX, Scheduler, Task, TaskId, UNIT_SHARE_MIN,
 };
 use crate::run::job::JobPath;
@@ -17,7 +17,7 @@ impl Scheduler {
             return None;
         }
         if let Some(audit) = self.audit_for(peer) {
-            self.audit_queue.remove(&(self.audits[&audit].urgency, audit));
+            self.audit_queue.remove(&self.audits[&audit].key(audit));
             let (kind, cost) = (self.audits[&audit].kind, self.audits[&audit].cost);
             if let Some(a) = self.audits.get_mut(&audit) {
                 a.holder = Some(peer);
@@ -48,8 +48,8 @@ impl Scheduler {
         if !self.is_trusted(&peer) {
             return None;
         }
-        let fits = |(_, id): &&(_, TaskId)| self.audits[id].of != peer;
-        self.audit_queue.iter().take(64).find(fits).map(|(_, id)| *id)
+        let fits = |(_, _, id): &&(_, _, TaskId)| self.audits[id].of != peer;
+        self.audit_queue.iter().take(64).find(fits).map(|(_, _, id)| *id)
     }
 
     /// A unit that nobody holds, unless a more urgent job has items left.
@@ -148,11 +148,11 @@ impl Scheduler {
             self.homeless.insert((t.path, task));
             self.set_late(task, None);
         }
-        if let Some(AuditTask { holder, urgency, .. }) = self.audits.get_mut(&task)
-            && *holder == Some(peer)
+        if let Some(audit) = self.audits.get_mut(&task)
+            && audit.holder == Some(peer)
         {
-            *holder = None;
-            self.audit_queue.insert((*urgency, task));
+            audit.holder = None;
+            self.audit_queue.insert(audit.key(task));
         }
     }
 

@@ -125,7 +125,19 @@ struct AuditTask {
     kind: Kind,
     cost: u64,
     urgency: Urgency,
+    /// Order within the same urgency: all audits of one newcomer before those of the next, so
+    /// that some are soon trusted, and audit the others.
+    rank: u64,
     holder: Option<PeerKey>,
+}
+
+/// Urgency, rank and name.
+type AuditKey = (Urgency, u64, TaskId);
+
+impl AuditTask {
+    fn key(&self, id: TaskId) -> AuditKey {
+        (self.urgency, self.rank, id)
+    }
 }
 
 /// A promise of a volunteer.
@@ -150,6 +162,8 @@ pub struct Volunteer {
     /// Lapsed leases in a row.
     pub lapses: u32,
     resume_ms: u64,
+    /// First unit of it that an audit was asked for.
+    rank: Option<TaskId>,
     /// When it last finished something.
     free_ms: u64,
     leases: BTreeMap<TaskId, Lease>,
@@ -191,9 +205,9 @@ pub struct Scheduler {
     /// Units that are held by one, by when they are late.
     late: BTreeSet<(u64, TaskId)>,
     /// Audits that nobody holds.
-    audit_queue: BTreeSet<(Urgency, TaskId)>,
+    audit_queue: BTreeSet<AuditKey>,
     /// Audits that only the coordination peer may do.
-    own_queue: BTreeSet<(Urgency, TaskId)>,
+    own_queue: BTreeSet<AuditKey>,
     deadlines: BTreeSet<(u64, PeerKey, TaskId)>,
     seen: BTreeSet<(u64, PeerKey)>,
     /// Summed speed of all that are present, by kind.
@@ -241,6 +255,7 @@ impl Scheduler {
             seen_ms: 0,
             lapses: 0,
             resume_ms: 0,
+            rank: None,
             free_ms: 0,
             leases: BTreeMap::new(),
         })
@@ -385,8 +400,11 @@ impl Scheduler {
     ) -> TaskId {
         let id = self.next_id;
         self.next_id += 1;
-        self.audits.insert(id, AuditTask { of, kind, cost, urgency, holder: None });
-        self.audit_queue.insert((urgency, id));
+        let first = *self.entry(of).rank.get_or_insert(id);
+        let rank = if urgency == Urgency::Admission { first } else { id };
+        let audit = AuditTask { of, kind, cost, urgency, rank, holder: None };
+        self.audit_queue.insert(audit.key(id));
+        self.audits.insert(id, audit);
         id
     }
 
@@ -399,14 +417,16 @@ impl Scheduler {
         urgency: Urgency,
     ) -> TaskId {
         let id = self.request_audit(of, kind, cost, urgency);
-        self.audit_queue.remove(&(urgency, id));
-        self.own_queue.insert((urgency, id));
+        if let Some(audit) = self.audits.get(&id) {
+            self.audit_queue.remove(&audit.key(id));
+            self.own_queue.insert(audit.key(id));
+        }
         id
     }
 
     /// Takes the most urgent audit for the coordination peer itself.
     pub fn take_own_audit(&mut self) -> Option<TaskId> {
-        let (_, id) = self.own_queue.pop_first().or_else(|| self.audit_queue.pop_first())?;
+        let (_, _, id) = self.own_queue.pop_first().or_else(|| self.audit_queue.pop_first())?;
         Some(id)
     }
 
@@ -415,11 +435,16 @@ impl Scheduler {
         self.audit_queue.len()
     }
 
+    /// Audits that wait for the coordination peer.
+    pub fn own_audits_waiting(&self) -> usize {
+        self.own_queue.len()
+    }
+
     /// An audit is done with.
     pub fn finish_audit(&mut self, audit: TaskId) {
         if let Some(a) = self.audits.remove(&audit) {
-            self.audit_queue.remove(&(a.urgency, audit));
-            self.own_queue.remove(&(a.urgency, audit));
+            self.audit_queue.remove(&a.key(audit));
+            self.own_queue.remove(&a.key(audit));
             if let Some(holder) = a.holder {
                 self.drop_lease(holder, audit);
             }
