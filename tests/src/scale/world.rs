@@ -15,7 +15,7 @@ use manyhands_core::swarm::scheduler::{
 use super::{Figures, Scale};
 
 /// Multiply-adds of sampling one item; a gradient takes three times as many.
-const ITEM_COST: u64 = 20_000_000_000;
+const ITEM_COST: u64 = 2_000_000_000;
 /// Multiply-adds a second of the slowest volunteer; the fastest is 20 times faster.
 const SPEED_MIN: f64 = 5e9;
 /// Pause between two signs of life.

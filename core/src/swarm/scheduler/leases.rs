@@ -26,11 +26,14 @@ impl Scheduler {
             self.lease(peer, audit, kind, cost, now_ms);
             return Some(Assignment::Audit { audit });
         }
-        let task = self.take_homeless().or_else(|| self.cut(peer)).or_else(|| {
-            let task = self.late_for(peer, now_ms)?;
-            self.counts.backups += 1;
+        let next = self.jobs.iter().find(|(_, t)| !t.uncut.is_empty()).map(|(p, _)| *p);
+        let backup = |s: &mut Self| {
+            let task = s.late_for(peer, now_ms, next)?;
+            s.counts.backups += 1;
             Some(task)
-        })?;
+        };
+        // A step waits for its last unit: late ones come before what is not urgent yet.
+        let task = self.take_homeless(next).or_else(|| backup(self)).or_else(|| self.cut(peer))?;
         let t = self.tasks.get_mut(&task)?;
         t.holders.push(peer);
         let (path, first, count, cost) = (t.path, t.first, t.count, t.cost);
@@ -52,11 +55,10 @@ impl Scheduler {
         self.audit_queue.iter().take(64).find(fits).map(|(_, _, id)| *id)
     }
 
-    /// A unit that nobody holds, unless a more urgent job has items left.
-    fn take_homeless(&mut self) -> Option<TaskId> {
+    /// A unit that nobody holds, unless `next`, the next job to be cut, is more urgent.
+    fn take_homeless(&mut self, next: Option<JobPath>) -> Option<TaskId> {
         let (path, task) = *self.homeless.first()?;
-        let uncut = self.jobs.iter().find(|(_, t)| !t.uncut.is_empty()).map(|(p, _)| *p);
-        if uncut.is_some_and(|u| u < path) {
+        if next.is_some_and(|next| next < path) {
             return None;
         }
         self.counts.reissued += 1;
@@ -99,11 +101,14 @@ impl Scheduler {
         Some(id)
     }
 
-    /// A unit that is late with somebody else.
-    fn late_for(&mut self, peer: PeerKey, now_ms: u64) -> Option<TaskId> {
+    /// A unit that is late with somebody else, and more urgent than `next`.
+    fn late_for(&self, peer: PeerKey, now_ms: u64, next: Option<JobPath>) -> Option<TaskId> {
         let late = self.late.iter().take_while(|(at, _)| *at <= now_ms).take(64);
         let fits = |id: &TaskId| {
-            self.tasks.get(id).is_some_and(|t| !t.delivered && !t.holders.contains(&peer))
+            self.tasks.get(id).is_some_and(|t| {
+                let urgent = next.is_none_or(|next| t.path < next);
+                urgent && !t.delivered && !t.holders.contains(&peer)
+            })
         };
         late.map(|(_, id)| *id).find(fits)
     }
