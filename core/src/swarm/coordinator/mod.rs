@@ -32,6 +32,7 @@ use crate::run::pipeline::{Pipeline, TrainError};
 use versions::Versions;
 
 pub use recover::{RecoverError, Start};
+pub use results::OWN_CHECKS_MAX;
 
 /// Volunteers with an open session.
 pub const SESSIONS_MAX: usize = 1 << 20;

@@ -277,8 +277,8 @@ impl Coordinator {
 
     /// The audit that `peer` holds in the form of `unit`.
     fn audit_of(&self, peer: PeerKey, unit: &Hash) -> Option<TaskId> {
-        let given = self.audits.iter().filter(|(_, a)| a.given == Some(*unit));
-        given.map(|(id, _)| *id).find(|id| self.scheduler.holds(peer, *id))
+        let is_given = |id: &TaskId| self.audits.get(id).is_some_and(|a| a.given == Some(*unit));
+        self.scheduler.held(peer).into_iter().find(is_given)
     }
 
     fn task_of(&self, peer: PeerKey, unit: &Hash) -> Option<TaskId> {
