@@ -8,12 +8,13 @@ mod auditor;
 mod keep;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use libp2p::multiaddr::{Multiaddr, Protocol};
 use manyhands_core::run::config::RunConfig;
 use manyhands_core::swarm::ids::Hash;
 use manyhands_core::swarm::protocol::PeerAddress;
@@ -37,6 +38,8 @@ const BLOB_BYTES_MAX: u64 = 64 << 30;
 const RUN_BYTES_MAX: u64 = 1 << 20;
 /// File in a host's directory that says where it can be joined.
 pub const URL_FILE: &str = "url";
+/// File in a host's directory with the addresses it listened on.
+const LISTEN_FILE: &str = "listen";
 /// Events that wait for the coordinator.
 const EVENTS_MAX: usize = 1024;
 
@@ -91,7 +94,7 @@ pub fn run(args: &HostArgs) -> Result<ExitCode> {
     result
 }
 
-async fn host(args: &HostArgs, config: &RunConfig, base: &std::path::Path) -> Result<ExitCode> {
+async fn host(args: &HostArgs, config: &RunConfig, base: &Path) -> Result<ExitCode> {
     let problems = open_problems(config, base)?;
     let dir = args.dir.clone().unwrap_or_else(|| runs_dir().join(&config.name));
     let storage = Arc::new(Storage::open(&dir)?);
@@ -99,17 +102,24 @@ async fn host(args: &HostArgs, config: &RunConfig, base: &std::path::Path) -> Re
     let identity = Identity::load_or_create(&dir.join("host.key"))?;
     let token = Arc::new(AdminToken::open(&dir)?);
     let files = problem_files(config, base)?;
-    let listen = ["tcp/0", "udp/0/quic-v1", "tcp/0/ws"]
-        .map(|rest| format!("/{}/{}/{rest}", family(args.listen), args.listen).parse());
-    let listen = listen.into_iter().collect::<Result<Vec<_>, _>>().context("--listen")?;
     let secret = identity.secret();
-    let (net, net_events) = Net::start(NetConfig {
-        identity,
-        listen,
+    let listen = |addresses: Vec<Multiaddr>| NetConfig {
+        identity: identity.clone(),
+        listen: addresses,
         limits: Limits::default(),
         blobs: Some(blobs.clone()),
-    })
-    .await?;
+    };
+    // The same ports as before, so that volunteers find their way back by themselves.
+    let before = listened(&dir, args.listen);
+    let started = match before.is_empty() {
+        true => None,
+        false => Net::start(listen(before)).await.ok(),
+    };
+    let (net, net_events) = match started {
+        Some(started) => started,
+        None => Net::start(listen(any_port(args.listen)?)).await?,
+    };
+    remember(&dir, &net)?;
     let listener = bind(args).await?;
     let http_address = listener.local_addr()?;
     let own = PeerAddress {
@@ -170,6 +180,29 @@ async fn host(args: &HostArgs, config: &RunConfig, base: &std::path::Path) -> Re
     code
 }
 
+/// Addresses with ports to be chosen.
+fn any_port(ip: IpAddr) -> Result<Vec<Multiaddr>> {
+    let of = |rest| format!("/{}/{ip}/{rest}", family(ip)).parse().context("--listen");
+    ["tcp/0", "udp/0/quic-v1", "tcp/0/ws"].into_iter().map(of).collect()
+}
+
+/// The addresses of the last time, if they are of this interface.
+fn listened(dir: &Path, ip: IpAddr) -> Vec<Multiaddr> {
+    let text = std::fs::read_to_string(dir.join(LISTEN_FILE)).unwrap_or_default();
+    let prefix = format!("/{}/{ip}/", family(ip));
+    text.lines().filter(|l| l.starts_with(&prefix)).filter_map(|l| l.parse().ok()).collect()
+}
+
+/// Keeps the ports that were chosen.
+fn remember(dir: &Path, net: &Net) -> Result<()> {
+    let bare = |a: &Multiaddr| {
+        let parts = a.iter().filter(|p| !matches!(p, Protocol::P2p(_)));
+        parts.collect::<Multiaddr>().to_string()
+    };
+    let lines: Vec<String> = net.addresses().iter().map(bare).collect();
+    write_atomic(&dir.join(LISTEN_FILE), lines.join("\n").as_bytes())
+}
+
 fn family(ip: IpAddr) -> &'static str {
     if ip.is_ipv4() { "ip4" } else { "ip6" }
 }
@@ -199,7 +232,7 @@ async fn bind(args: &HostArgs) -> Result<tokio::net::TcpListener> {
 }
 
 /// Path and content hash of the problem files of a run.
-fn problem_files(config: &RunConfig, base: &std::path::Path) -> Result<Vec<(String, Hash)>> {
+fn problem_files(config: &RunConfig, base: &Path) -> Result<Vec<(String, Hash)>> {
     let paths = config.tasks.iter().filter_map(|t| t.jsonl.clone());
     let hash = |path: String| {
         let bytes = read_bounded(&base.join(&path), 256 << 20)?;
