@@ -285,7 +285,8 @@ pub struct Coordinator {
     token: String,
     scheduler: Scheduler,
     sessions: BTreeMap<PeerKey, Session>,
-    units: BTreeMap<Hash, InFlight>,
+    /// By hash of the bytes, and task: items that are alike make units that are.
+    units: BTreeMap<(Hash, TaskId), InFlight>,
     audits: BTreeMap<TaskId, Audit>,
     /// The audit that the own engine works on.
     executing: Option<TaskId>,
