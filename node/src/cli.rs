@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 
 use crate::engines::EngineChoice;
-use crate::{bench, demo, doctor, donor, eval, host, join, sample, train};
+use crate::{bench, demo, doctor, donor, eval, host, join, receipts, replay, sample, train};
 
 /// Train reasoning models together, in exact arithmetic: every machine computes the same bits.
 #[derive(Debug, Parser)]
@@ -46,6 +46,10 @@ enum Command {
     Host(host::HostArgs),
     /// Contribute to a run until told to stop.
     Join(join::JoinArgs),
+    /// Derive a run again from a host's ledger and blobs: is everything as it says?
+    Replay(replay::ReplayArgs),
+    /// Look up in a ledger what a volunteer's receipts are worth.
+    Receipts(receipts::ReceiptsArgs),
     /// Let this machine's volunteer take no more work for now.
     Pause(donor::ControlArgs),
     /// Let this machine's volunteer work again.
@@ -63,6 +67,8 @@ pub fn run() -> Result<ExitCode> {
         Command::Demo(args) => demo::run(&args),
         Command::Host(args) => host::run(&args),
         Command::Join(args) => join::run(&args),
+        Command::Replay(args) => replay::run(&args),
+        Command::Receipts(args) => receipts::run(&args),
         Command::Pause(args) => donor::run_pause(&args),
         Command::Resume(args) => donor::run_resume(&args),
     }

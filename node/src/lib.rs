@@ -20,6 +20,8 @@ pub mod identity;
 pub mod join;
 pub mod net;
 pub mod plot;
+pub mod receipts;
+pub mod replay;
 pub mod sample;
 pub mod storage;
 pub mod store;

@@ -98,8 +98,12 @@ enum Now {
     Sampling,
     /// Learning from rollouts.
     Learning(Box<Learning>),
-    /// All is computed, by so many updates; an evaluation, or the barrier, may hold the step back.
-    Finished(Box<StepReport>, u32),
+    /// All is computed; an evaluation, or the barrier, may hold the step back.
+    Finished {
+        report: Box<StepReport>,
+        /// Updates that it made.
+        updates: u32,
+    },
 }
 
 /// A run as a state machine over jobs.
@@ -177,7 +181,7 @@ impl Pipeline {
     pub fn updates_in_step(&self) -> u32 {
         match &self.now {
             Now::Learning(learning) => learning.updates(),
-            Now::Finished(_, updates) => *updates,
+            Now::Finished { updates, .. } => *updates,
             _ => 0,
         }
     }
@@ -242,8 +246,8 @@ impl Pipeline {
                 }
                 Now::Supervised(traces) => match self.take_output(self.path(GRADIENT)) {
                     Some(output) => {
-                        let report = self.learn_traces(&traces, output)?;
-                        self.now = Now::Finished(Box::new(report), 1);
+                        let report = Box::new(self.learn_traces(&traces, output)?);
+                        self.now = Now::Finished { report, updates: 1 };
                     }
                     None => {
                         self.now = Now::Supervised(traces);
@@ -261,16 +265,17 @@ impl Pipeline {
                 },
                 Now::Learning(mut learning) => {
                     if let Some(report) = self.go_on_learning(&mut learning)? {
-                        self.now = Now::Finished(Box::new(report), learning.updates());
+                        let (report, updates) = (Box::new(report), learning.updates());
+                        self.now = Now::Finished { report, updates };
                     } else {
                         self.now = Now::Learning(learning);
                         return Ok(None);
                     }
                 }
-                Now::Finished(report, updates) => {
+                Now::Finished { report, updates } => {
                     let held = self.barrier && !self.sampling.is_empty();
                     if held || self.examination.is_some() {
-                        self.now = Now::Finished(report, updates);
+                        self.now = Now::Finished { report, updates };
                         return Ok(None);
                     }
                     return self.commit(report).map(Some);

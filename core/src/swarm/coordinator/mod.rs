@@ -14,7 +14,7 @@ mod results;
 mod show;
 mod versions;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -32,6 +32,7 @@ use crate::run::pipeline::{Pipeline, TrainError};
 use versions::Versions;
 
 pub use recover::{RecoverError, Start};
+pub use results::OWN_CHECKS_MAX;
 
 /// Volunteers with an open session.
 pub const SESSIONS_MAX: usize = 1 << 20;
@@ -203,6 +204,8 @@ struct Session {
     joined_ms: u64,
     /// Accepted since it was last told.
     news: Vec<(Hash, u64)>,
+    /// The question for work that has no answer yet.
+    waiting: Option<u64>,
 }
 
 /// A result that was announced.
@@ -285,6 +288,8 @@ pub struct Coordinator {
     token: String,
     scheduler: Scheduler,
     sessions: BTreeMap<PeerKey, Session>,
+    /// Who waits for work, and until when.
+    waiting: VecDeque<(u64, PeerKey)>,
     /// By hash of the bytes, and task: items that are alike make units that are.
     units: BTreeMap<(Hash, TaskId), InFlight>,
     audits: BTreeMap<TaskId, Audit>,
@@ -373,6 +378,7 @@ impl Coordinator {
                 Event::Pause(paused) => self.paused = paused,
             }
             self.execute_next(blobs);
+            self.serve_waiting(blobs);
         }
         self.flush();
         if std::mem::take(&mut self.restarts) {

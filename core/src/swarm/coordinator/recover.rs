@@ -1,22 +1,21 @@
 //! Starting a run, and going on with one from its ledger and blobs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::versions::Versions;
 use super::{Accepted, Blobs, Coordinator, Files, show};
 use crate::checkpoint::CheckpointError;
 use crate::conformance::suite::DIGEST;
 use crate::run::config::{RunConfig, RunConfigError};
-use crate::run::job::JobPath;
 use crate::run::pipeline::{Advanced, Pipeline};
 use crate::run::problems::Problems;
 use crate::run::state::State;
 use crate::swarm::chain::{BrokenChain, Verifier, Writer};
 use crate::swarm::delta;
 use crate::swarm::ids::{Hash, PeerKey, Secret};
-use crate::swarm::ledger::{Entry, Record, UnitEntry, Verdict};
+use crate::swarm::ledger::{Entry, Record, UnitEntry};
+use crate::swarm::past::{ByPath, Past, is_missing, output_of, unit_of};
 use crate::swarm::scheduler::{Scheduler, Urgency};
-use crate::swarm::unit::{Unit, decode_output};
 
 /// Why a coordination peer cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -77,26 +76,6 @@ pub struct Start<'a> {
     pub wall_ms: u64,
 }
 
-/// An audit that was valid.
-struct ValidAudit {
-    unit: Hash,
-    of: PeerKey,
-    auditor: PeerKey,
-    cost: u64,
-}
-
-/// What the ledger says, once read.
-#[derive(Default)]
-struct Past {
-    /// By position in the ledger.
-    units: BTreeMap<u64, UnitEntry>,
-    audits: BTreeMap<u64, ValidAudit>,
-    expelled: Vec<(PeerKey, crate::swarm::ledger::Offence)>,
-    followers: Vec<PeerKey>,
-    final_ordinal: u64,
-    closed: bool,
-}
-
 impl Coordinator {
     /// Starts a run, or goes on with it. The effects of what was done on the way come from the
     /// next [`Coordinator::handle`].
@@ -148,6 +127,7 @@ impl Coordinator {
             token: start.token,
             scheduler: Scheduler::new(start.config.swarm.clone(), first_id),
             sessions: BTreeMap::new(),
+            waiting: VecDeque::new(),
             units: BTreeMap::new(),
             audits: BTreeMap::new(),
             executing: None,
@@ -201,12 +181,11 @@ impl Coordinator {
 
     /// Lets everything that stands enter again, in the order of the ledger.
     fn resume(&mut self, past: Past, blobs: &dyn Blobs) {
-        let Past { mut units, audits, expelled, .. } = past;
-        let mut by_path: BTreeMap<_, Vec<UnitEntry>> = BTreeMap::new();
+        let mut by_path = ByPath::new();
         let mut drawn: BTreeMap<u64, (PeerKey, Accepted)> = BTreeMap::new();
-        for (position, audit) in audits {
-            let later = units.split_off(&position);
-            for (sequence, unit) in std::mem::replace(&mut units, later) {
+        let mut units = past.standing().copied().peekable();
+        for audit in &past.audits {
+            while let Some((sequence, unit)) = units.next_if(|(s, _)| *s < audit.sequence) {
                 self.enter_again(sequence, unit, &mut by_path, &mut drawn);
             }
             self.settle(audit.of, audit.unit, audit.auditor, audit.cost);
@@ -216,7 +195,7 @@ impl Coordinator {
             self.enter_again(sequence, unit, &mut by_path, &mut drawn);
         }
         self.refill(&by_path, blobs);
-        for (peer, offence) in expelled {
+        for (peer, offence) in past.expelled {
             self.expel(peer, offence);
         }
         for (peer, accepted) in drawn.into_values() {
@@ -232,10 +211,10 @@ impl Coordinator {
         &mut self,
         sequence: u64,
         unit: UnitEntry,
-        by_path: &mut BTreeMap<JobPath, Vec<UnitEntry>>,
+        by_path: &mut ByPath,
         drawn: &mut BTreeMap<u64, (PeerKey, Accepted)>,
     ) {
-        by_path.entry(unit.path).or_default().push(unit);
+        by_path.entry(unit.path).or_default().push((sequence, unit));
         let is_drawn = self.is_drawn(unit.volunteer, &unit.unit, &unit.receipt);
         let accepted = self.enter(unit, Hash([0; 32]), sequence);
         if is_drawn {
@@ -244,7 +223,7 @@ impl Coordinator {
     }
 
     /// Supplies the pipeline from units that stand, as far as they reach.
-    fn refill(&mut self, by_path: &BTreeMap<JobPath, Vec<UnitEntry>>, blobs: &dyn Blobs) {
+    fn refill(&mut self, by_path: &ByPath, blobs: &dyn Blobs) {
         loop {
             let before = self.pipeline.version().clone();
             let advanced = match self.pipeline.advance() {
@@ -264,7 +243,7 @@ impl Coordinator {
             }
             let open: Vec<_> = self.pipeline.jobs().map(|j| j.job.path).collect();
             for path in open {
-                for entry in by_path.get(&path).into_iter().flatten() {
+                for (_, entry) in by_path.get(&path).into_iter().flatten() {
                     progress |= self.supply_again(entry, blobs);
                 }
             }
@@ -274,25 +253,14 @@ impl Coordinator {
         }
     }
 
-    /// One unit of the ledger; `false` if it is there already, or belongs to a step that was rolled
-    /// back, whose weights or inputs were others.
+    /// One unit of the ledger; `false` if it is there already, or is not what the run asks for.
     fn supply_again(&mut self, entry: &UnitEntry, blobs: &dyn Blobs) -> bool {
-        let range = entry.first as usize..(entry.first + entry.count) as usize;
-        let Some(job) = self.pipeline.job(entry.path) else { return false };
-        if range.end > job.job.work.items() || !range.clone().all(|i| job.is_missing(i)) {
-            return false;
-        }
-        let work = job.job.work.slice(range.clone());
-        let unit = Unit { weights: job.job.version.hash().into(), work };
-        if Hash::of(&unit.encode()) != entry.unit {
-            return false;
-        }
-        let model = self.pipeline.model();
-        let bytes = blobs.get(&entry.receipt);
-        let output = bytes.and_then(|b| decode_output(&b, &unit.work, model).ok());
+        let unit = unit_of(&self.pipeline, entry).filter(|_| is_missing(&self.pipeline, entry));
+        let Some(unit) = unit else { return false };
         // A blob that is lost is computed again.
-        let Some(output) = output else { return false };
-        self.pipeline.supply(entry.path, range.start, range.len(), output).is_ok()
+        let Ok(output) = output_of(&self.pipeline, entry, &unit, blobs) else { return false };
+        let (first, count) = (entry.first as usize, entry.count as usize);
+        self.pipeline.supply(entry.path, first, count, output).is_ok()
     }
 
     /// Takes the state from the coordination peer's own files, for checks in tests.
@@ -307,39 +275,22 @@ fn read(
     past: &mut Past,
     versions: &mut Versions,
 ) -> Result<(), RecoverError> {
-    match record.entry {
+    match &record.entry {
         Entry::Open { config, digest, weights, full, .. } => {
             if config != config_json {
                 return Err(RecoverError::OtherRun);
             }
             if digest != DIGEST {
-                return Err(RecoverError::OtherArithmetic { ledger: digest });
+                return Err(RecoverError::OtherArithmetic { ledger: digest.clone() });
             }
-            versions.insert(Some(0), weights, Hash([0; 32]), full, Some(full));
-        }
-        Entry::Unit(unit) => drop(past.units.insert(record.sequence, unit)),
-        Entry::Audit { unit, volunteer, auditor, verdict, multiply_adds, .. } => {
-            if verdict == Verdict::Valid {
-                let audit = ValidAudit { unit, of: volunteer, auditor, cost: multiply_adds };
-                past.audits.insert(record.sequence, audit);
-            }
-        }
-        Entry::Expelled { volunteer, offence, .. } => past.expelled.push((volunteer, offence)),
-        // Somebody else may have computed it since: only what came before counts for nothing.
-        Entry::Voided { unit, volunteer } => {
-            past.units.retain(|_, u| u.unit != unit || u.volunteer != volunteer);
+            versions.insert(Some(0), *weights, Hash([0; 32]), *full, Some(*full));
         }
         Entry::Version { ordinal, update, weights, delta, base, full, .. } => {
-            versions.insert((update == 0).then_some(ordinal), weights, base, delta, full);
+            versions.insert((*update == 0).then_some(*ordinal), *weights, *base, *delta, *full);
         }
-        Entry::Final { ordinal } => past.final_ordinal = past.final_ordinal.max(ordinal),
-        Entry::RolledBack { ordinal } => {
-            versions.roll_back(ordinal);
-            past.final_ordinal = past.final_ordinal.min(ordinal);
-        }
-        Entry::Follower { coordinator } => past.followers.push(coordinator),
-        Entry::Closed { .. } => past.closed = true,
-        Entry::Promoted { .. } => {}
+        Entry::RolledBack { ordinal } => versions.roll_back(*ordinal),
+        _ => {}
     }
+    past.take(record.sequence, &record.entry);
     Ok(())
 }

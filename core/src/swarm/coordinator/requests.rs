@@ -1,6 +1,6 @@
 //! Answering volunteers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use super::{
@@ -13,6 +13,9 @@ use crate::swarm::protocol::{Idle, PROTOCOL, PeerAddress, Refusal, Request, Resp
 use crate::swarm::scheduler::{Assignment, TaskId};
 use crate::swarm::status::StatusEvent;
 use crate::swarm::unit::{Unit, decode_output, result_bytes_max};
+
+/// Longest wait for work within one question.
+const HOLD_MS: u64 = 5_000;
 
 impl Coordinator {
     pub(super) fn request(
@@ -41,7 +44,13 @@ impl Coordinator {
                 self.hello(peer, protocol, &digest, agent, engine, speed)
             }
             _ if !self.is_here(&peer) => Response::Refused(Refusal::NoSession),
-            Request::Take => self.take(peer, blobs),
+            Request::Take => match self.take(peer, blobs) {
+                // Who has nothing else to do waits for the answer instead of asking again.
+                Response::Idle { why: Idle::Waiting, .. } if self.is_free(peer) => {
+                    return self.hold(peer, token);
+                }
+                response => response,
+            },
             Request::Beat { units } => {
                 let wanted = |unit: &Hash| self.is_wanted(peer, unit);
                 Response::Beat { unwanted: units.into_iter().filter(|u| !wanted(u)).collect() }
@@ -166,10 +175,55 @@ impl Coordinator {
             }
             None => {
                 let unit_ms = self.pipeline.config.swarm.unit_seconds * 1e3;
-                let retry_ms = (unit_ms / 20.0).clamp(20.0, 2000.0) as u32;
+                let retry_ms = (unit_ms / 10.0).clamp(100.0, 2000.0) as u32;
                 Response::Idle { retry_ms, why: why.unwrap_or(Idle::Waiting), accepted }
             }
         }
+    }
+
+    fn is_free(&self, peer: PeerKey) -> bool {
+        self.scheduler.volunteers().get(&peer).is_some_and(|v| v.lease_count() == 0)
+    }
+
+    /// Keeps a question for work until there is some.
+    fn hold(&mut self, peer: PeerKey, token: u64) {
+        self.scheduler.touch(peer, self.now_ms);
+        let session = self.sessions.get_mut(&peer);
+        let before = session.and_then(|s| s.waiting.replace(token));
+        match before {
+            Some(token) => self.effect(Effect::Reply { token, response: Response::Done }),
+            None => {
+                let silence_ms = self.pipeline.config.swarm.silence_seconds * 1e3;
+                let hold_ms = HOLD_MS.min((silence_ms / 4.0) as u64);
+                self.waiting.push_back((self.now_ms + hold_ms, peer));
+            }
+        }
+    }
+
+    /// Answers those who wait, as far as there is work; and those who waited long enough.
+    pub(super) fn serve_waiting(&mut self, blobs: &dyn Blobs) {
+        let all_hear = self.closed || self.paused;
+        let mut still = VecDeque::new();
+        while let Some((until_ms, peer)) = self.waiting.pop_front() {
+            let due = self.now_ms >= until_ms || all_hear;
+            if !due && !self.scheduler.has_work(self.now_ms) {
+                still.push_back((until_ms, peer));
+                break;
+            }
+            let Some(token) = self.sessions.get(&peer).and_then(|s| s.waiting) else { continue };
+            let response = self.take(peer, blobs);
+            if matches!(response, Response::Idle { why: Idle::Waiting, .. }) && !due {
+                still.push_back((until_ms, peer));
+                continue;
+            }
+            if let Some(session) = self.sessions.get_mut(&peer) {
+                session.waiting = None;
+            }
+            self.scheduler.touch(peer, self.now_ms);
+            self.effect(Effect::Reply { token, response });
+        }
+        still.append(&mut self.waiting);
+        self.waiting = still;
     }
 
     /// The bytes of a unit that was just leased.
@@ -223,8 +277,8 @@ impl Coordinator {
 
     /// The audit that `peer` holds in the form of `unit`.
     fn audit_of(&self, peer: PeerKey, unit: &Hash) -> Option<TaskId> {
-        let given = self.audits.iter().filter(|(_, a)| a.given == Some(*unit));
-        given.map(|(id, _)| *id).find(|id| self.scheduler.holds(peer, *id))
+        let is_given = |id: &TaskId| self.audits.get(id).is_some_and(|a| a.given == Some(*unit));
+        self.scheduler.held(peer).into_iter().find(is_given)
     }
 
     /// The first unit of these bytes that fits: items that are alike make units that are.

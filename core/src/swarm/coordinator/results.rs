@@ -11,6 +11,9 @@ use crate::swarm::scheduler::{Kind, TaskId, Urgency};
 use crate::swarm::status::StatusEvent;
 use crate::swarm::unit::decode_output;
 
+/// Audits of auditors wait for the own engine as long as they are fewer.
+pub const OWN_CHECKS_MAX: usize = 64;
+
 impl Coordinator {
     /// An upload came to an end.
     pub(super) fn result(&mut self, peer: PeerKey, unit: Hash, arrival: Arrival) {
@@ -209,9 +212,12 @@ impl Coordinator {
         let Some(audit) = self.audits.get_mut(&id) else { return };
         self.scheduler.finished(auditor, id, audit.cost, self.now_ms);
         let (unit, claimed) = (audit.unit, audit.receipt);
-        let again = receipt != claimed
-            || self.draw(b"auditor", &unit, &claimed)
-                < self.pipeline.config.swarm.audit_the_auditors;
+        let disputed = receipt != claimed;
+        let drawn =
+            self.draw(b"auditor", &unit, &claimed) < self.pipeline.config.swarm.audit_the_auditors;
+        // One engine cannot keep up with a share of all audits of a large swarm.
+        let has_time = self.scheduler.own_audits_waiting() < OWN_CHECKS_MAX;
+        let again = disputed || drawn && has_time;
         let Some(mut audit) = self.audits.remove(&id) else { return };
         self.scheduler.finish_audit(id);
         self.figures.delegated_audit += audit.cost;
@@ -219,6 +225,9 @@ impl Coordinator {
             // The coordination peer's own execution decides, and before anything else.
             audit.auditor = Some((auditor, receipt));
             audit.given = None;
+            if disputed {
+                audit.urgency = Urgency::Redo;
+            }
             self.ask_myself(audit);
         } else {
             self.verdict(audit, auditor, receipt, blobs);

@@ -1,7 +1,7 @@
 //! Giving out units and audits, and taking back what lapsed.
 
 use super::{
-    Assignment, AuditTask, GUIDED_SHARE, HOLDERS_MAX, Kind, LAPSES_BEFORE_PAUSE, LAPSES_MAX, LATE,
+    Assignment, GUIDED_SHARE, HOLDERS_MAX, Kind, LAPSES_BEFORE_PAUSE, LAPSES_MAX, LATE,
     LEASES_A_VOLUNTEER_MAX, Lease, PATIENCE, PAUSE_MS_MAX, Scheduler, Task, TaskId, UNIT_SHARE_MIN,
 };
 use crate::run::job::JobPath;
@@ -17,7 +17,7 @@ impl Scheduler {
             return None;
         }
         if let Some(audit) = self.audit_for(peer) {
-            self.audit_queue.remove(&(self.audits[&audit].urgency, audit));
+            self.audit_queue.remove(&self.audits[&audit].key(audit));
             let (kind, cost) = (self.audits[&audit].kind, self.audits[&audit].cost);
             if let Some(a) = self.audits.get_mut(&audit) {
                 a.holder = Some(peer);
@@ -26,11 +26,14 @@ impl Scheduler {
             self.lease(peer, audit, kind, cost, now_ms);
             return Some(Assignment::Audit { audit });
         }
-        let task = self.take_homeless().or_else(|| self.cut(peer)).or_else(|| {
-            let task = self.late_for(peer, now_ms)?;
-            self.counts.backups += 1;
+        let next = self.jobs.iter().find(|(_, t)| !t.uncut.is_empty()).map(|(p, _)| *p);
+        let backup = |s: &mut Self| {
+            let task = s.late_for(peer, now_ms, next)?;
+            s.counts.backups += 1;
             Some(task)
-        })?;
+        };
+        // A step waits for its last unit: late ones come before what is not urgent yet.
+        let task = self.take_homeless(next).or_else(|| backup(self)).or_else(|| self.cut(peer))?;
         let t = self.tasks.get_mut(&task)?;
         t.holders.push(peer);
         let (path, first, count, cost) = (t.path, t.first, t.count, t.cost);
@@ -42,21 +45,28 @@ impl Scheduler {
         Some(Assignment::Unit { task, path, first, count })
     }
 
+    /// Whether there may be something to give out.
+    pub fn has_work(&self, now_ms: u64) -> bool {
+        !self.homeless.is_empty()
+            || !self.audit_queue.is_empty()
+            || self.late.first().is_some_and(|(at, _)| *at <= now_ms)
+            || self.jobs.values().any(|t| !t.uncut.is_empty())
+    }
+
     /// The most urgent audit that this volunteer may do: only trusted ones audit, never their own
     /// work.
     fn audit_for(&self, peer: PeerKey) -> Option<TaskId> {
         if !self.is_trusted(&peer) {
             return None;
         }
-        let fits = |(_, id): &&(_, TaskId)| self.audits[id].of != peer;
-        self.audit_queue.iter().take(64).find(fits).map(|(_, id)| *id)
+        let fits = |(_, _, id): &&(_, _, TaskId)| self.audits[id].of != peer;
+        self.audit_queue.iter().take(64).find(fits).map(|(_, _, id)| *id)
     }
 
-    /// A unit that nobody holds, unless a more urgent job has items left.
-    fn take_homeless(&mut self) -> Option<TaskId> {
+    /// A unit that nobody holds, unless `next`, the next job to be cut, is more urgent.
+    fn take_homeless(&mut self, next: Option<JobPath>) -> Option<TaskId> {
         let (path, task) = *self.homeless.first()?;
-        let uncut = self.jobs.iter().find(|(_, t)| !t.uncut.is_empty()).map(|(p, _)| *p);
-        if uncut.is_some_and(|u| u < path) {
+        if next.is_some_and(|next| next < path) {
             return None;
         }
         self.counts.reissued += 1;
@@ -93,16 +103,20 @@ impl Scheduler {
         };
         let id = self.next_id;
         self.next_id += 1;
+        tiling.tasks.insert(id);
         self.tasks.insert(id, task);
         self.counts.issued += 1;
         Some(id)
     }
 
-    /// A unit that is late with somebody else.
-    fn late_for(&mut self, peer: PeerKey, now_ms: u64) -> Option<TaskId> {
+    /// A unit that is late with somebody else, and more urgent than `next`.
+    fn late_for(&self, peer: PeerKey, now_ms: u64, next: Option<JobPath>) -> Option<TaskId> {
         let late = self.late.iter().take_while(|(at, _)| *at <= now_ms).take(64);
         let fits = |id: &TaskId| {
-            self.tasks.get(id).is_some_and(|t| !t.delivered && !t.holders.contains(&peer))
+            self.tasks.get(id).is_some_and(|t| {
+                let urgent = next.is_none_or(|next| t.path < next);
+                urgent && !t.delivered && !t.holders.contains(&peer)
+            })
         };
         late.map(|(_, id)| *id).find(fits)
     }
@@ -121,7 +135,8 @@ impl Scheduler {
         expected_ms
     }
 
-    pub(super) fn held(&self, peer: PeerKey) -> Vec<TaskId> {
+    /// What `peer` has.
+    pub fn held(&self, peer: PeerKey) -> Vec<TaskId> {
         self.volunteers.get(&peer).map_or(Vec::new(), |v| v.leases.keys().copied().collect())
     }
 
@@ -146,11 +161,11 @@ impl Scheduler {
             self.homeless.insert((t.path, task));
             self.set_late(task, None);
         }
-        if let Some(AuditTask { holder, urgency, .. }) = self.audits.get_mut(&task)
-            && *holder == Some(peer)
+        if let Some(audit) = self.audits.get_mut(&task)
+            && audit.holder == Some(peer)
         {
-            *holder = None;
-            self.audit_queue.insert((*urgency, task));
+            audit.holder = None;
+            self.audit_queue.insert(audit.key(task));
         }
     }
 

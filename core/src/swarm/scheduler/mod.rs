@@ -115,6 +115,8 @@ struct Tiling {
     uncut: VecDeque<Range<usize>>,
     item_cost: u64,
     items_max: usize,
+    /// Units that were cut and are not done with.
+    tasks: BTreeSet<TaskId>,
 }
 
 #[derive(Clone, Debug)]
@@ -123,7 +125,19 @@ struct AuditTask {
     kind: Kind,
     cost: u64,
     urgency: Urgency,
+    /// Order within the same urgency: all audits of one newcomer before those of the next, so
+    /// that some are soon trusted, and audit the others.
+    rank: u64,
     holder: Option<PeerKey>,
+}
+
+/// Urgency, rank and name.
+type AuditKey = (Urgency, u64, TaskId);
+
+impl AuditTask {
+    fn key(&self, id: TaskId) -> AuditKey {
+        (self.urgency, self.rank, id)
+    }
 }
 
 /// A promise of a volunteer.
@@ -148,6 +162,8 @@ pub struct Volunteer {
     /// Lapsed leases in a row.
     pub lapses: u32,
     resume_ms: u64,
+    /// First unit of it that an audit was asked for.
+    rank: Option<TaskId>,
     /// When it last finished something.
     free_ms: u64,
     leases: BTreeMap<TaskId, Lease>,
@@ -189,9 +205,9 @@ pub struct Scheduler {
     /// Units that are held by one, by when they are late.
     late: BTreeSet<(u64, TaskId)>,
     /// Audits that nobody holds.
-    audit_queue: BTreeSet<(Urgency, TaskId)>,
+    audit_queue: BTreeSet<AuditKey>,
     /// Audits that only the coordination peer may do.
-    own_queue: BTreeSet<(Urgency, TaskId)>,
+    own_queue: BTreeSet<AuditKey>,
     deadlines: BTreeSet<(u64, PeerKey, TaskId)>,
     seen: BTreeSet<(u64, PeerKey)>,
     /// Summed speed of all that are present, by kind.
@@ -239,6 +255,7 @@ impl Scheduler {
             seen_ms: 0,
             lapses: 0,
             resume_ms: 0,
+            rank: None,
             free_ms: 0,
             leases: BTreeMap::new(),
         })
@@ -317,7 +334,8 @@ impl Scheduler {
     ) {
         let uncut = missing.iter().filter(|r| !r.is_empty()).cloned().collect();
         let items_max = items_max.max(1);
-        let tiling = Tiling { uncut, item_cost: item_cost.max(1), items_max };
+        let (item_cost, tasks) = (item_cost.max(1), BTreeSet::new());
+        let tiling = Tiling { uncut, item_cost, items_max, tasks };
         self.jobs.entry(path).or_insert(tiling);
     }
 
@@ -328,10 +346,9 @@ impl Scheduler {
 
     /// A job is complete: whatever is still out for it is not wanted.
     pub fn close(&mut self, path: JobPath) {
-        self.jobs.remove(&path);
-        let of_job = self.tasks.iter().filter(|(_, t)| t.path == path).map(|(id, _)| *id);
-        for id in of_job.collect::<Vec<_>>() {
-            self.forget(id);
+        let tasks = self.jobs.remove(&path).map_or(BTreeSet::new(), |t| t.tasks);
+        for task in tasks {
+            self.forget(task);
         }
     }
 
@@ -364,6 +381,9 @@ impl Scheduler {
         self.set_late(task, None);
         if let Some(t) = self.tasks.remove(&task) {
             self.homeless.remove(&(t.path, task));
+            if let Some(tiling) = self.jobs.get_mut(&t.path) {
+                tiling.tasks.remove(&task);
+            }
             for peer in t.holders {
                 self.drop_lease(peer, task);
             }
@@ -380,8 +400,11 @@ impl Scheduler {
     ) -> TaskId {
         let id = self.next_id;
         self.next_id += 1;
-        self.audits.insert(id, AuditTask { of, kind, cost, urgency, holder: None });
-        self.audit_queue.insert((urgency, id));
+        let first = *self.entry(of).rank.get_or_insert(id);
+        let rank = if urgency == Urgency::Admission { first } else { id };
+        let audit = AuditTask { of, kind, cost, urgency, rank, holder: None };
+        self.audit_queue.insert(audit.key(id));
+        self.audits.insert(id, audit);
         id
     }
 
@@ -394,14 +417,16 @@ impl Scheduler {
         urgency: Urgency,
     ) -> TaskId {
         let id = self.request_audit(of, kind, cost, urgency);
-        self.audit_queue.remove(&(urgency, id));
-        self.own_queue.insert((urgency, id));
+        if let Some(audit) = self.audits.get(&id) {
+            self.audit_queue.remove(&audit.key(id));
+            self.own_queue.insert(audit.key(id));
+        }
         id
     }
 
     /// Takes the most urgent audit for the coordination peer itself.
     pub fn take_own_audit(&mut self) -> Option<TaskId> {
-        let (_, id) = self.own_queue.pop_first().or_else(|| self.audit_queue.pop_first())?;
+        let (_, _, id) = self.own_queue.pop_first().or_else(|| self.audit_queue.pop_first())?;
         Some(id)
     }
 
@@ -410,11 +435,16 @@ impl Scheduler {
         self.audit_queue.len()
     }
 
+    /// Audits that wait for the coordination peer.
+    pub fn own_audits_waiting(&self) -> usize {
+        self.own_queue.len()
+    }
+
     /// An audit is done with.
     pub fn finish_audit(&mut self, audit: TaskId) {
         if let Some(a) = self.audits.remove(&audit) {
-            self.audit_queue.remove(&(a.urgency, audit));
-            self.own_queue.remove(&(a.urgency, audit));
+            self.audit_queue.remove(&a.key(audit));
+            self.own_queue.remove(&a.key(audit));
             if let Some(holder) = a.holder {
                 self.drop_lease(holder, audit);
             }
