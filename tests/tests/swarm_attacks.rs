@@ -177,9 +177,10 @@ fn abuse_of_the_protocol_gains_nothing() {
     const SLOWDOWN_MAX: f64 = 1.5;
     let mut lab = lab();
     header();
-    let alone = attack(&mut lab, Malformed).iter().map(|t| t.virtual_ms).max().unwrap_or(0);
+    let gone = attack(&mut lab, Malformed);
+    assert!(gone.iter().all(|t| t.offences == [Some(Offence::Malformed)]));
+    let alone = gone.iter().map(|t| t.virtual_ms).max().unwrap_or(0);
     for (kind, offence) in [
-        (Malformed, Some(Offence::Malformed)),
         (Oversized, Some(Offence::Malformed)),
         (Stolen, Some(Offence::BadSignature)),
         (Hoarding, None),

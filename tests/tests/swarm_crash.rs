@@ -1,5 +1,6 @@
 //! Crashes of the coordination peer: it goes on from ledger and blobs, wherever it was interrupted.
 
+use manyhands_tests::swarm::attacks::Attack;
 use manyhands_tests::swarm::lab::{Lab, Shape};
 use manyhands_tests::swarm::machine::Profile;
 use manyhands_tests::swarm::outcome::Outcome;
@@ -16,6 +17,7 @@ fn crash(lab: &mut Lab, seed: u64, crashes: &[u64]) -> u64 {
     let solo = lab.solo;
     let mut world = World::new(lab, seed, profiles);
     world.crashes.extend(crashes);
+    world.is_torn = seed % 2 == 1;
     let name = format!("seed {seed}, crashes {crashes:?}");
     let print_on_panic = Named(&name);
     assert_eq!(world.run(LIMIT_MS), solo, "{name}");
@@ -44,6 +46,44 @@ impl Drop for Named<'_> {
 
 fn lab(policy_lag: u64) -> Lab {
     Lab::new(Shape { sft_steps: 2, rl_steps: 2, policy_lag })
+}
+
+/// Where the coordinator was interrupted in a run with a liar: the weights must not show it.
+fn crash_with_liar(lab: &mut Lab, seed: u64, attack: Attack, crashes: &[u64]) -> (u64, u64) {
+    let honest = Profile { speed: 2e6, ..Profile::default() };
+    let liar = Profile { speed: 8e6, attack: Some(attack), ..Profile::default() };
+    let solo = lab.solo;
+    let mut world = World::new(lab, seed, vec![honest.clone(), honest, liar]);
+    world.crashes.extend(crashes);
+    world.is_torn = seed % 2 == 1;
+    let name = format!("{attack:?}, seed {seed}, crashes {crashes:?}");
+    let print_on_panic = Named(&name);
+    assert_eq!(world.run(LIMIT_MS), solo, "{name}");
+    let outcome = Outcome::of(&world);
+    let liar = world.machines[2].key();
+    assert!(outcome.expelled.keys().all(|who| *who == liar), "{name}: {:?}", outcome.expelled);
+    drop(print_on_panic);
+    (world.effects, outcome.rolled_back)
+}
+
+/// A roll-back that is interrupted is taken up again: no lie may hide behind a crash.
+#[test]
+fn crash_during_a_roll_back_hides_no_lie() {
+    let mut lab = Lab::new(Shape { sft_steps: 4, rl_steps: 3, policy_lag: 1 });
+    let mut random = Random::new(3);
+    let mut rolled_back = 0;
+    for attack in [Attack::EarlyEnd, Attack::SignFlipped, Attack::OneBit, Attack::Saturated] {
+        for seed in 0..4 {
+            let (count, _) = crash_with_liar(&mut lab, seed, attack, &[]);
+            for _ in 0..15 {
+                let first = 1 + random.below(count);
+                let second = first + 1 + random.below(20);
+                rolled_back += crash_with_liar(&mut lab, seed, attack, &[first, second]).1;
+            }
+        }
+    }
+    eprintln!("{rolled_back} roll-backs");
+    assert!(rolled_back > 50, "only {rolled_back} roll-backs: the tests show little");
 }
 
 /// What was promised before a crash must stand after it, and nothing may count twice.

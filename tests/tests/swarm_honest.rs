@@ -37,20 +37,39 @@ fn honest(lab: &mut Lab, seed: u64, count: usize, trouble: f64) {
     let solo = lab.solo;
     let mut world = World::new(lab, seed, profiles);
     let name = format!("seed {seed}, {count} volunteers, trouble {trouble}");
-    eprintln!("{name}");
+    let print_on_panic = Named(&name);
     let weights = world.run(LIMIT_MS);
+    drop(print_on_panic);
     assert_eq!(weights, solo, "{name}");
     let outcome = Outcome::of(&world);
     assert_eq!(outcome.closed(), Some(solo), "{name}");
     assert!(outcome.expelled.is_empty(), "{name}: {:?}", outcome.expelled);
     outcome.assert_no_item_twice();
     outcome.assert_credits(&world);
+    let counts = world.coordinator.as_ref().expect("it runs").scheduler().counts;
+    let work: u64 = outcome.units.iter().map(|(_, u)| u.multiply_adds).sum();
+    let speed: f64 = world.machines.iter().map(|m| m.profile.speed).sum();
+    let busy = work as f64 / speed / (world.now_ms as f64 / 1e3);
     eprintln!(
-        "{name}: {} units, {} records, {} ms",
+        "{name}: {} units, {} records, {} ms, useful share of the swarm's speed {busy:.2}, {counts:?}",
         outcome.units.len(),
         outcome.records.len(),
-        world.now_ms
+        world.now_ms,
     );
+    if trouble == 0.0 {
+        assert_eq!(counts.lapsed, 0, "{name}: a steady volunteer lapsed");
+    }
+}
+
+/// Says which case it was that panicked.
+struct Named<'a>(&'a str);
+
+impl Drop for Named<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("failed: {}", self.0);
+        }
+    }
 }
 
 /// Steady volunteers of any number: a result that depends on who took part would show here.

@@ -128,13 +128,6 @@ struct Held {
     wanted: bool,
 }
 
-impl Stage {
-    /// Whether the result has not been announced yet.
-    fn is_ahead(&self) -> bool {
-        *self != Self::Uploading
-    }
-}
-
 impl Held {
     fn is_computed(&self, unit: &Hash) -> bool {
         self.hash == *unit && matches!(self.stage, Stage::Computed(_))
@@ -308,11 +301,7 @@ impl Volunteer {
                 self.take_ms = self.now_ms;
                 let model = self.model.as_ref();
                 let hash = Hash::of(&unit);
-                // An audit may ask for what is at hand already: one result answers both.
-                let known = self.held.iter_mut().find(|h| h.hash == hash && h.stage.is_ahead());
-                if let Some(h) = known {
-                    h.wanted = true;
-                } else if let Some(Ok(decoded)) = model.map(|m| Unit::decode(&unit, m)) {
+                if let Some(Ok(decoded)) = model.map(|m| Unit::decode(&unit, m)) {
                     let stage = Stage::Waiting;
                     self.held.push_back(Held { hash, unit: decoded, stage, wanted: true });
                 }
@@ -332,7 +321,7 @@ impl Volunteer {
                 self.held.retain(|h| h.wanted || h.stage == Stage::Computing);
             }
             (Request::Receipt { unit, .. }, Response::Upload) => {
-                for h in self.held.iter_mut().filter(|h| h.is_computed(unit)) {
+                if let Some(h) = self.held.iter_mut().find(|h| h.is_computed(unit)) {
                     let stage = std::mem::replace(&mut h.stage, Stage::Uploading);
                     if let Stage::Computed(bytes) = stage {
                         self.effects.push(Effect::Upload { unit: *unit, bytes });
@@ -340,7 +329,8 @@ impl Volunteer {
                 }
             }
             (Request::Receipt { unit, .. }, Response::Keep) => {
-                self.held.retain(|h| !h.is_computed(unit));
+                let kept = self.held.iter().position(|h| h.is_computed(unit));
+                kept.and_then(|at| self.held.remove(at));
             }
             (Request::Weights { want, .. }, Response::Weights { base, blobs }) => {
                 self.loading = Some(*want);
@@ -461,7 +451,11 @@ impl Volunteer {
             });
         }
         for h in &self.held {
-            if let Stage::Computed(bytes) = &h.stage {
+            // One upload at a time of units that are alike.
+            let uploads = |o: &Held| o.hash == h.hash && o.stage == Stage::Uploading;
+            if let Stage::Computed(bytes) = &h.stage
+                && !self.held.iter().any(uploads)
+            {
                 let (receipt, size) = (Hash::of(bytes), bytes.len() as u64);
                 let message = receipt_message(&self.run, &h.hash, &receipt, size);
                 let unit = h.hash;

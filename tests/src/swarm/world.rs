@@ -87,6 +87,8 @@ pub struct World<'a> {
     pub effects: u64,
     /// Crashes to come: after so many effects.
     pub crashes: VecDeque<u64>,
+    /// Whether a crash leaves a part of what was being written: blobs, and the first records.
+    pub is_torn: bool,
     /// Records that were in the ledger at each crash.
     pub crashed_at: Vec<usize>,
     /// Roll-backs so far.
@@ -125,6 +127,7 @@ impl<'a> World<'a> {
             machines: profiles.into_iter().enumerate().map(machine).collect(),
             effects: 0,
             crashes: VecDeque::new(),
+            is_torn: false,
             crashed_at: Vec::new(),
             restarts: 0,
             closed: None,
@@ -310,9 +313,16 @@ impl<'a> World<'a> {
     fn carry_out(&mut self, effects: Vec<Effect>) -> Option<Outage> {
         for effect in effects {
             let restarts = matches!(effect, Effect::Restart);
-            self.carry(effect);
             self.effects += 1;
-            if self.crashes.front().is_some_and(|at| *at <= self.effects) {
+            let crashes = self.crashes.front().is_some_and(|at| *at <= self.effects);
+            match effect {
+                Effect::Persist { blobs, mut records } if crashes && self.is_torn => {
+                    records.truncate(self.random.below(records.len() as u64 + 1) as usize);
+                    self.persist(blobs, records);
+                }
+                effect => self.carry(effect),
+            }
+            if crashes {
                 self.crashes.pop_front();
                 return Some(Outage::Crash);
             }

@@ -290,7 +290,8 @@ pub struct Coordinator {
     sessions: BTreeMap<PeerKey, Session>,
     /// Who waits for work, and until when.
     waiting: VecDeque<(u64, PeerKey)>,
-    units: BTreeMap<Hash, InFlight>,
+    /// By hash of the bytes, and task: items that are alike make units that are.
+    units: BTreeMap<(Hash, TaskId), InFlight>,
     audits: BTreeMap<TaskId, Audit>,
     /// The audit that the own engine works on.
     executing: Option<TaskId>,

@@ -240,7 +240,7 @@ impl Coordinator {
             Unit { weights: version.hash().into(), work: job.work.slice(first..first + count) };
         let bytes = unit.encode();
         let offers = BTreeMap::new();
-        self.units.entry(Hash::of(&bytes)).or_insert(InFlight {
+        self.units.entry((Hash::of(&bytes), task)).or_insert(InFlight {
             task,
             path,
             first,
@@ -281,10 +281,19 @@ impl Coordinator {
         self.scheduler.held(peer).into_iter().find(is_given)
     }
 
+    /// The first unit of these bytes that fits: items that are alike make units that are.
+    pub(super) fn in_flight(
+        &self,
+        unit: &Hash,
+        fits: impl Fn(&InFlight) -> bool,
+    ) -> Option<(Hash, TaskId)> {
+        let mut same = self.units.range((*unit, TaskId::MIN)..=(*unit, TaskId::MAX));
+        same.find(|(_, u)| fits(u)).map(|(key, _)| *key)
+    }
+
     fn task_of(&self, peer: PeerKey, unit: &Hash) -> Option<TaskId> {
-        let task = self.units.get(unit).map(|u| u.task);
-        let held = task.filter(|task| self.scheduler.holds(peer, *task));
-        held.or_else(|| self.audit_of(peer, unit))
+        let held = self.in_flight(unit, |u| self.scheduler.holds(peer, u.task));
+        held.map(|(_, task)| task).or_else(|| self.audit_of(peer, unit))
     }
 
     fn is_wanted(&self, peer: PeerKey, unit: &Hash) -> bool {
@@ -299,20 +308,20 @@ impl Coordinator {
         }
         if let Some(audit) = self.audit_of(peer, &unit) {
             self.audited_by(peer, audit, offer.receipt, blobs);
-            // It keeps to the audit, should it have been given the unit itself too.
-            if let Some(in_flight) = self.units.get(&unit) {
-                self.scheduler.release(peer, in_flight.task);
-            }
             return Response::Keep;
         }
         let model = self.pipeline.model();
-        let Some(in_flight) = self.units.get_mut(&unit) else { return Response::Keep };
-        let open = in_flight.held.is_none() && self.scheduler.holds(peer, in_flight.task);
-        if !open {
+        let open = |u: &InFlight| u.held.is_none() && self.scheduler.holds(peer, u.task);
+        let key = self
+            .in_flight(&unit, |u| open(u) && !u.offers.contains_key(&peer))
+            .or_else(|| self.in_flight(&unit, open));
+        let Some(in_flight) = key.and_then(|key| self.units.get_mut(&key)) else {
             // Somebody was faster, and that is no lapse.
-            self.scheduler.release(peer, in_flight.task);
+            if let Some(task) = self.task_of(peer, &unit) {
+                self.scheduler.release(peer, task);
+            }
             return Response::Keep;
-        }
+        };
         if offer.bytes > result_bytes_max(&in_flight.unit.work, model) {
             self.convict(peer, Offence::Malformed, Some(unit));
             return Response::Refused(Refusal::Expelled(Offence::Malformed));

@@ -17,7 +17,8 @@ pub const OWN_CHECKS_MAX: usize = 64;
 impl Coordinator {
     /// An upload came to an end.
     pub(super) fn result(&mut self, peer: PeerKey, unit: Hash, arrival: Arrival) {
-        let Some(in_flight) = self.units.get_mut(&unit) else { return };
+        let Some(key) = self.in_flight(&unit, |u| u.offers.contains_key(&peer)) else { return };
+        let Some(in_flight) = self.units.get_mut(&key) else { return };
         let Some(offer) = in_flight.offers.remove(&peer) else { return };
         let task = in_flight.task;
         let bytes = match arrival {
@@ -48,13 +49,13 @@ impl Coordinator {
         self.keep(bytes);
         let held = Held { peer, offer, multiply_adds };
         if !self.scheduler.is_trusted(&peer) {
-            in_flight_mut(self, &unit, |u| u.held = Some(held));
-            return self.audit_in_flight(unit, held, Urgency::Admission);
+            in_flight_mut(self, key, |u| u.held = Some(held));
+            return self.audit_in_flight(key, held, Urgency::Admission);
         }
         if self.is_drawn(peer, &unit, &offer.receipt) {
-            self.audit_in_flight(unit, held, Urgency::Spot);
+            self.audit_in_flight(key, held, Urgency::Spot);
         }
-        self.accept(unit, held, output);
+        self.accept(key, held, output);
         self.sync();
     }
 
@@ -78,10 +79,10 @@ impl Coordinator {
         (u64::from_le_bytes(bytes) >> 11) as f64 / (1_u64 << 53) as f64
     }
 
-    fn audit_in_flight(&mut self, unit: Hash, held: Held, urgency: Urgency) {
-        let Some(in_flight) = self.units.get(&unit) else { return };
+    fn audit_in_flight(&mut self, key: (Hash, TaskId), held: Held, urgency: Urgency) {
+        let Some(in_flight) = self.units.get(&key) else { return };
         let audit = Audit {
-            unit,
+            unit: key.0,
             of: held.peer,
             receipt: held.offer.receipt,
             weights: in_flight.unit.weights,
@@ -123,8 +124,9 @@ impl Coordinator {
     }
 
     /// A result enters the run.
-    fn accept(&mut self, unit: Hash, held: Held, output: Output) {
-        let Some(InFlight { task, path, first, count, unit: u, .. }) = self.units.remove(&unit)
+    fn accept(&mut self, key: (Hash, TaskId), held: Held, output: Output) {
+        let unit = key.0;
+        let Some(InFlight { task, path, first, count, unit: u, .. }) = self.units.remove(&key)
         else {
             return;
         };
@@ -242,14 +244,15 @@ impl Coordinator {
     fn verdict(&mut self, audit: Audit, auditor: PeerKey, receipt: Hash, blobs: &dyn Blobs) {
         let (of, unit) = (audit.of, audit.unit);
         let valid = receipt == audit.receipt;
-        let held = self.units.get(&unit).and_then(|u| u.held).filter(|h| h.peer == of);
-        if valid && let Some(held) = held {
+        let key = self.in_flight(&unit, |u| u.held.is_some_and(|h| h.peer == of));
+        let held = key.and_then(|key| Some((key, self.units.get(&key)?.held?)));
+        if valid && let Some((key, held)) = held {
             let model = self.pipeline.model();
-            let output = self.units.get(&unit).and_then(|u| {
+            let output = self.units.get(&key).and_then(|u| {
                 decode_output(&blobs.get(&held.offer.receipt)?, &u.unit.work, model).ok()
             });
             if let Some(output) = output {
-                self.accept(unit, held, output);
+                self.accept(key, held, output);
             }
         }
         let verdict = if valid { Verdict::Valid } else { Verdict::Invalid };
@@ -261,8 +264,8 @@ impl Coordinator {
             self.settle(of, unit, auditor, multiply_adds);
         } else {
             self.figures.invalid += 1;
-            if held.is_some()
-                && let Some(u) = self.units.get_mut(&unit)
+            if let Some((key, _)) = held
+                && let Some(u) = self.units.get_mut(&key)
             {
                 u.held = None;
                 let task = u.task;
@@ -405,8 +408,8 @@ impl Coordinator {
     }
 }
 
-fn in_flight_mut(c: &mut Coordinator, unit: &Hash, f: impl FnOnce(&mut InFlight)) {
-    if let Some(in_flight) = c.units.get_mut(unit) {
+fn in_flight_mut(c: &mut Coordinator, key: (Hash, TaskId), f: impl FnOnce(&mut InFlight)) {
+    if let Some(in_flight) = c.units.get_mut(&key) {
         f(in_flight);
     }
 }
