@@ -15,6 +15,9 @@ use crate::model::config::ModelConfig;
 use crate::model::generate::{Completion, Request};
 use crate::model::weights::{Gradients, shapes};
 
+/// Clamped values that one result may report of a site: sums of many results stay below 2^64.
+const SATURATIONS_END: u64 = 1 << 40;
+
 /// Seed of one trained token.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seed {
@@ -273,6 +276,8 @@ impl Seeded {
 impl Output {
     /// Checks that this can be the output of `work`: counts, ranges and ends.
     pub fn check(&self, work: &Work, model: &ModelConfig) -> Result<(), Malformed> {
+        let few = self.saturations.0.iter().all(|&n| n < SATURATIONS_END);
+        require(few, "more clamped values than any work has")?;
         let one = 1_u64 << 23;
         let largest = one * model.vocabulary as u64;
         let row = |r: &RowStats| {

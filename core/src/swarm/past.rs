@@ -14,6 +14,16 @@ use crate::run::work::Output;
 /// Units of the ledger by job, in order, with their sequence numbers.
 pub(super) type ByPath = BTreeMap<JobPath, Vec<(u64, UnitEntry)>>;
 
+/// An audit that was valid.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ValidAudit {
+    pub sequence: u64,
+    pub unit: Hash,
+    pub of: PeerKey,
+    pub auditor: PeerKey,
+    pub cost: u64,
+}
+
 /// What was written so far.
 #[derive(Debug, Default)]
 pub(super) struct Past {
@@ -21,8 +31,7 @@ pub(super) struct Past {
     /// Results that count for nothing, and where it says so. The same unit may stand again, by
     /// somebody else.
     voided: BTreeMap<(Hash, PeerKey), u64>,
-    /// Valid audits: unit, whose it is, who audited, multiply-adds.
-    pub audits: Vec<(Hash, PeerKey, PeerKey, u64)>,
+    pub audits: Vec<ValidAudit>,
     pub expelled: Vec<(PeerKey, Offence)>,
     pub followers: Vec<PeerKey>,
     pub final_ordinal: u64,
@@ -36,7 +45,13 @@ impl Past {
             Entry::Unit(unit) => self.units.push((sequence, *unit)),
             Entry::Audit { unit, volunteer, auditor, verdict, multiply_adds, .. } => {
                 if *verdict == Verdict::Valid {
-                    self.audits.push((*unit, *volunteer, *auditor, *multiply_adds));
+                    self.audits.push(ValidAudit {
+                        sequence,
+                        unit: *unit,
+                        of: *volunteer,
+                        auditor: *auditor,
+                        cost: *multiply_adds,
+                    });
                 }
             }
             Entry::Expelled { volunteer, offence, .. } => {

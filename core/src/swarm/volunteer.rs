@@ -128,6 +128,19 @@ struct Held {
     wanted: bool,
 }
 
+impl Stage {
+    /// Whether the result has not been announced yet.
+    fn is_ahead(&self) -> bool {
+        *self != Self::Uploading
+    }
+}
+
+impl Held {
+    fn is_computed(&self, unit: &Hash) -> bool {
+        self.hash == *unit && matches!(self.stage, Stage::Computed(_))
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Link {
     Down { retry_ms: u64 },
@@ -216,7 +229,7 @@ impl Volunteer {
         match self.link {
             Link::Down { retry_ms } => retry_ms,
             Link::Dialling => self.now_ms + RETRY_MS_MAX,
-            Link::Up { .. } if self.asking.is_some() => self.beat_ms.max(self.now_ms + 1),
+            Link::Up { .. } if self.asking.is_some() => self.now_ms + RETRY_MS_MAX,
             Link::Up { .. } => {
                 let takes = !self.paused && self.held.len() < LEASES_A_VOLUNTEER_MAX;
                 let next = if takes { self.take_ms.min(self.beat_ms) } else { self.beat_ms };
@@ -252,12 +265,15 @@ impl Volunteer {
                 }
             }
             Event::Computed { unit, bytes } => {
-                if let Some(h) = self.held.iter_mut().find(|h| h.hash == unit) {
+                let computing = |h: &&mut Held| h.hash == unit && h.stage == Stage::Computing;
+                if let Some(h) = self.held.iter_mut().find(computing) {
                     h.stage = Stage::Computed(bytes);
                 }
                 self.held.retain(|h| h.wanted || h.hash != unit);
             }
-            Event::Uploaded { unit } => self.held.retain(|h| h.hash != unit),
+            Event::Uploaded { unit } => {
+                self.held.retain(|h| h.hash != unit || h.stage != Stage::Uploading);
+            }
             Event::Pause(paused) => self.paused = paused,
             Event::Tick => {}
         }
@@ -291,8 +307,12 @@ impl Volunteer {
                 self.hear(accepted);
                 self.take_ms = self.now_ms;
                 let model = self.model.as_ref();
-                if let Some(Ok(decoded)) = model.map(|m| Unit::decode(&unit, m)) {
-                    let hash = Hash::of(&unit);
+                let hash = Hash::of(&unit);
+                // An audit may ask for what is at hand already: one result answers both.
+                let known = self.held.iter_mut().find(|h| h.hash == hash && h.stage.is_ahead());
+                if let Some(h) = known {
+                    h.wanted = true;
+                } else if let Some(Ok(decoded)) = model.map(|m| Unit::decode(&unit, m)) {
                     let stage = Stage::Waiting;
                     self.held.push_back(Held { hash, unit: decoded, stage, wanted: true });
                 }
@@ -312,7 +332,7 @@ impl Volunteer {
                 self.held.retain(|h| h.wanted || h.stage == Stage::Computing);
             }
             (Request::Receipt { unit, .. }, Response::Upload) => {
-                for h in self.held.iter_mut().filter(|h| h.hash == *unit) {
+                for h in self.held.iter_mut().filter(|h| h.is_computed(unit)) {
                     let stage = std::mem::replace(&mut h.stage, Stage::Uploading);
                     if let Stage::Computed(bytes) = stage {
                         self.effects.push(Effect::Upload { unit: *unit, bytes });
@@ -320,7 +340,7 @@ impl Volunteer {
                 }
             }
             (Request::Receipt { unit, .. }, Response::Keep) => {
-                self.held.retain(|h| h.hash != *unit);
+                self.held.retain(|h| !h.is_computed(unit));
             }
             (Request::Weights { want, .. }, Response::Weights { base, blobs }) => {
                 self.loading = Some(*want);

@@ -142,10 +142,16 @@ impl Pipeline {
             let version = self.version.clone();
             self.open(self.path(Stage::Proximal), &version, work);
         }
-        if let Some(reference) = self.reference.clone() {
+        if let Some(reference) = self.reference.clone().filter(|_| !self.is_reference(policy_lag)) {
             self.open(self.path(Stage::Reference), &reference, score_work(&learning, 0..n, scale));
         }
         Ok(learning)
+    }
+
+    /// Whether the scores by the trainer are those by the reference: the same weights, just after a
+    /// reset, and so the same units of work.
+    fn is_reference(&self, policy_lag: u64) -> bool {
+        policy_lag > 0 && self.reference.as_ref().is_some_and(|r| r.hash() == self.version.hash())
     }
 
     /// Scores of a stage, once they are there.
@@ -173,6 +179,9 @@ impl Pipeline {
             let outcome = &mut learning.outcome;
             if learning.proximal.is_none() {
                 learning.proximal = self.take_scores(Stage::Proximal, outcome);
+                if self.is_reference(outcome.policy_lag) {
+                    learning.reference.clone_from(&learning.proximal);
+                }
             }
             if learning.reference.is_none() && self.reference.is_some() {
                 learning.reference = self.take_scores(Stage::Reference, outcome);

@@ -14,7 +14,7 @@ mod results;
 mod show;
 mod versions;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -204,6 +204,8 @@ struct Session {
     joined_ms: u64,
     /// Accepted since it was last told.
     news: Vec<(Hash, u64)>,
+    /// The question for work that has no answer yet.
+    waiting: Option<u64>,
 }
 
 /// A result that was announced.
@@ -249,10 +251,10 @@ struct Accepted {
     kind: u8,
 }
 
-/// Units of one volunteer that no audit has looked at.
+/// Units of one volunteer that the own engine has not redone.
 #[derive(Debug, Default)]
 struct Record {
-    unaudited: BTreeMap<u64, Accepted>,
+    unproven: BTreeMap<u64, Accepted>,
     /// Sequence of the newest unit that an audit stands behind.
     settled: Option<u64>,
 }
@@ -286,6 +288,8 @@ pub struct Coordinator {
     token: String,
     scheduler: Scheduler,
     sessions: BTreeMap<PeerKey, Session>,
+    /// Who waits for work, and until when.
+    waiting: VecDeque<(u64, PeerKey)>,
     units: BTreeMap<Hash, InFlight>,
     audits: BTreeMap<TaskId, Audit>,
     /// The audit that the own engine works on.
@@ -295,6 +299,10 @@ pub struct Coordinator {
     unsettled: BTreeSet<(u64, u64)>,
     /// Convicts whose units are being redone: those to do, and those found false.
     redo: BTreeMap<PeerKey, (BTreeSet<Hash>, Vec<Accepted>)>,
+    /// Volunteers on whose word a unit of another one was found valid: whose, and which.
+    vouched: BTreeMap<(PeerKey, Hash), PeerKey>,
+    /// Why the run cannot go on, unless a lie is the reason.
+    failure: Option<TrainError>,
     versions: Versions,
     final_ordinal: u64,
     snapshot_ordinal: u64,
@@ -303,6 +311,8 @@ pub struct Coordinator {
     closed: bool,
     /// Rolled back or failed: only a restart helps.
     halted: bool,
+    /// Rolled back: the last effect is a restart.
+    restarts: bool,
     figures: show::Figures,
     now_ms: u64,
     wall_ms: u64,
@@ -367,8 +377,12 @@ impl Coordinator {
                 Event::Pause(paused) => self.paused = paused,
             }
             self.execute_next(blobs);
+            self.serve_waiting(blobs);
         }
         self.flush();
+        if std::mem::take(&mut self.restarts) {
+            self.effects.push(Effect::Restart);
+        }
         std::mem::take(&mut self.effects)
     }
 

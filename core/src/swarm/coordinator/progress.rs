@@ -5,7 +5,7 @@ use super::versions::FULL_EVERY;
 use super::{Accepted, Coordinator, Effect};
 use crate::model::weights::Weights;
 use crate::run::job::{JobPath, OpenJob};
-use crate::run::pipeline::Advanced;
+use crate::run::pipeline::{Advanced, TrainError};
 use crate::run::work::Work;
 use crate::swarm::delta;
 use crate::swarm::ids::{Hash, PeerKey};
@@ -22,14 +22,13 @@ const LENGTH_GAIN: f64 = 0.01;
 impl Coordinator {
     /// Goes on as far as the results allow.
     pub(super) fn sync(&mut self) {
-        while !self.halted {
+        while !self.halted && self.failure.is_none() {
             let before = self.pipeline.version().clone();
             let advanced = match self.pipeline.advance() {
                 Ok(advanced) => advanced,
                 Err(error) => {
-                    self.halted = true;
-                    self.announce(StatusEvent::State { state: RunState::Failed });
-                    return self.effect(Effect::Failed(error));
+                    self.doubt(error);
+                    break;
                 }
             };
             let step = matches!(advanced, Some(Advanced::Step(_)));
@@ -54,8 +53,25 @@ impl Coordinator {
                 Some(Advanced::Phase(_)) => {}
             }
         }
-        self.open_jobs();
+        if self.failure.is_none() {
+            self.open_jobs();
+        }
         self.finish();
+    }
+
+    /// The run cannot go on. If a lie is the reason, redoing what is not final finds it.
+    pub(super) fn doubt(&mut self, error: TrainError) {
+        self.failure = Some(error);
+        let mut doubtful = Vec::new();
+        for (peer, record) in &self.records {
+            let recent = record.unproven.values().filter(|a| a.ordinal >= self.final_ordinal);
+            doubtful.extend(recent.map(|a| (*peer, *a)));
+        }
+        for (peer, accepted) in doubtful {
+            if !self.scheduler.is_expelled(&peer) {
+                self.audit_accepted(peer, accepted, Urgency::Redo);
+            }
+        }
     }
 
     /// Lets the scheduler know what is open.
@@ -140,10 +156,10 @@ impl Coordinator {
         self.effect(Effect::Snapshot { ordinal, files: Box::new(files) });
     }
 
-    /// The newest unaudited unit of whoever keeps a version provisional.
+    /// The newest unproven unit of whoever keeps a version provisional.
     fn newest_unaudited(&self, sequence: u64) -> Option<(PeerKey, Accepted)> {
-        let owner = self.records.iter().find(|(_, r)| r.unaudited.contains_key(&sequence))?;
-        let newest = owner.1.unaudited.values().next_back()?;
+        let owner = self.records.iter().find(|(_, r)| r.unproven.contains_key(&sequence))?;
+        let newest = owner.1.unproven.values().next_back()?;
         Some((*owner.0, *newest))
     }
 
@@ -167,6 +183,14 @@ impl Coordinator {
     pub(super) fn finish(&mut self) {
         if self.halted || self.closed {
             return;
+        }
+        if self.audits.is_empty()
+            && self.redo.is_empty()
+            && let Some(error) = self.failure.take()
+        {
+            self.halted = true;
+            self.announce(StatusEvent::State { state: RunState::Failed });
+            return self.effect(Effect::Failed(error));
         }
         let done = self.pipeline.is_done();
         let stands = self.unsettled.first().map_or(self.pipeline.ordinal(), |(o, _)| *o);
@@ -196,7 +220,7 @@ impl Coordinator {
     fn first_unsettled(&self) -> impl Iterator<Item = u64> {
         self.records.values().filter_map(|record| {
             let since = record.settled.map_or(0, |s| s + 1);
-            record.unaudited.range(since..).next().map(|(s, _)| *s)
+            record.unproven.range(since..).next().map(|(s, _)| *s)
         })
     }
 }

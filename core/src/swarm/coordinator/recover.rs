@@ -1,13 +1,13 @@
 //! Starting a run, and going on with one from its ledger and blobs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::versions::Versions;
-use super::{Blobs, Coordinator, Files, show};
+use super::{Accepted, Blobs, Coordinator, Files, show};
 use crate::checkpoint::CheckpointError;
 use crate::conformance::suite::DIGEST;
 use crate::run::config::{RunConfig, RunConfigError};
-use crate::run::pipeline::{Advanced, Pipeline, TrainError};
+use crate::run::pipeline::{Advanced, Pipeline};
 use crate::run::problems::Problems;
 use crate::run::state::State;
 use crate::swarm::chain::{BrokenChain, Verifier, Writer};
@@ -15,7 +15,7 @@ use crate::swarm::delta;
 use crate::swarm::ids::{Hash, PeerKey, Secret};
 use crate::swarm::ledger::{Entry, Record, UnitEntry};
 use crate::swarm::past::{ByPath, Past, is_missing, output_of, unit_of};
-use crate::swarm::scheduler::Scheduler;
+use crate::swarm::scheduler::{Scheduler, Urgency};
 
 /// Why a coordination peer cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -48,9 +48,6 @@ pub enum RecoverError {
     /// A snapshot cannot be read.
     #[error(transparent)]
     Snapshot(#[from] CheckpointError),
-    /// The run cannot go on.
-    #[error(transparent)]
-    Train(#[from] TrainError),
 }
 
 /// What a coordination peer starts with.
@@ -118,6 +115,8 @@ impl Coordinator {
         }
         let pipeline = Pipeline::new(start.config.clone(), start.problems, state)?;
         let max_new_tokens = pipeline.max_new_tokens();
+        // No audit that was under way before a roll-back bears the name of one to come.
+        let first_id = verifier.sequence() << 24;
         let mut c = Self {
             pipeline,
             writer,
@@ -126,14 +125,17 @@ impl Coordinator {
             audit_seed: start.audit_seed,
             peers: Vec::new(),
             token: start.token,
-            scheduler: Scheduler::new(start.config.swarm.clone()),
+            scheduler: Scheduler::new(start.config.swarm.clone(), first_id),
             sessions: BTreeMap::new(),
+            waiting: VecDeque::new(),
             units: BTreeMap::new(),
             audits: BTreeMap::new(),
             executing: None,
             records: BTreeMap::new(),
             unsettled: BTreeSet::new(),
             redo: BTreeMap::new(),
+            vouched: BTreeMap::new(),
+            failure: None,
             versions,
             final_ordinal: past.final_ordinal,
             snapshot_ordinal,
@@ -141,6 +143,7 @@ impl Coordinator {
             paused: false,
             closed: past.closed,
             halted: false,
+            restarts: false,
             figures: show::Figures::default(),
             now_ms: start.now_ms,
             wall_ms: start.wall_ms,
@@ -154,7 +157,7 @@ impl Coordinator {
         } else if promoted {
             c.write(Entry::Promoted { coordinator: own });
         }
-        c.resume(past, blobs)?;
+        c.resume(past, blobs);
         Ok(c)
     }
 
@@ -177,28 +180,56 @@ impl Coordinator {
     }
 
     /// Lets everything that stands enter again, in the order of the ledger.
-    fn resume(&mut self, past: Past, blobs: &dyn Blobs) -> Result<(), RecoverError> {
+    fn resume(&mut self, past: Past, blobs: &dyn Blobs) {
         let mut by_path = ByPath::new();
-        for (sequence, unit) in past.standing() {
-            by_path.entry(unit.path).or_default().push((*sequence, *unit));
-            self.enter(*unit, Hash([0; 32]), *sequence);
+        let mut drawn: BTreeMap<u64, (PeerKey, Accepted)> = BTreeMap::new();
+        let mut units = past.standing().copied().peekable();
+        for audit in &past.audits {
+            while let Some((sequence, unit)) = units.next_if(|(s, _)| *s < audit.sequence) {
+                self.enter_again(sequence, unit, &mut by_path, &mut drawn);
+            }
+            self.settle(audit.of, audit.unit, audit.auditor, audit.cost);
+            drawn.retain(|_, (of, a)| *of != audit.of || a.unit != audit.unit);
         }
-        for (unit, of, auditor, cost) in &past.audits {
-            self.settle(*of, *unit, *auditor, *cost);
+        for (sequence, unit) in units {
+            self.enter_again(sequence, unit, &mut by_path, &mut drawn);
         }
-        self.refill(&by_path, blobs)?;
+        self.refill(&by_path, blobs);
         for (peer, offence) in past.expelled {
             self.expel(peer, offence);
         }
+        for (peer, accepted) in drawn.into_values() {
+            if !self.scheduler.is_expelled(&peer) {
+                self.audit_accepted(peer, accepted, Urgency::Spot);
+            }
+        }
         self.sync();
-        Ok(())
+    }
+
+    /// A unit of the ledger, and whether it was drawn for an audit when it was accepted.
+    fn enter_again(
+        &mut self,
+        sequence: u64,
+        unit: UnitEntry,
+        by_path: &mut ByPath,
+        drawn: &mut BTreeMap<u64, (PeerKey, Accepted)>,
+    ) {
+        by_path.entry(unit.path).or_default().push((sequence, unit));
+        let is_drawn = self.is_drawn(unit.volunteer, &unit.unit, &unit.receipt);
+        let accepted = self.enter(unit, Hash([0; 32]), sequence);
+        if is_drawn {
+            drawn.insert(sequence, (unit.volunteer, accepted));
+        }
     }
 
     /// Supplies the pipeline from units that stand, as far as they reach.
-    fn refill(&mut self, by_path: &ByPath, blobs: &dyn Blobs) -> Result<(), RecoverError> {
+    fn refill(&mut self, by_path: &ByPath, blobs: &dyn Blobs) {
         loop {
             let before = self.pipeline.version().clone();
-            let advanced = self.pipeline.advance()?;
+            let advanced = match self.pipeline.advance() {
+                Ok(advanced) => advanced,
+                Err(error) => return self.doubt(error),
+            };
             let mut progress = advanced.is_some();
             let step = matches!(advanced, Some(Advanced::Step(_)));
             let weights: Hash = self.pipeline.version().hash().into();
@@ -217,7 +248,7 @@ impl Coordinator {
                 }
             }
             if !progress {
-                return Ok(());
+                return;
             }
         }
     }

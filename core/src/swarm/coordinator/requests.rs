@@ -1,6 +1,6 @@
 //! Answering volunteers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use super::{
@@ -13,6 +13,9 @@ use crate::swarm::protocol::{Idle, PROTOCOL, PeerAddress, Refusal, Request, Resp
 use crate::swarm::scheduler::{Assignment, TaskId};
 use crate::swarm::status::StatusEvent;
 use crate::swarm::unit::{Unit, decode_output, result_bytes_max};
+
+/// Longest wait for work within one question.
+const HOLD_MS: u64 = 5_000;
 
 impl Coordinator {
     pub(super) fn request(
@@ -40,8 +43,14 @@ impl Coordinator {
             Request::Hello { protocol, digest, agent, engine, speed } => {
                 self.hello(peer, protocol, &digest, agent, engine, speed)
             }
-            _ if !self.sessions.contains_key(&peer) => Response::Refused(Refusal::NoSession),
-            Request::Take => self.take(peer, blobs),
+            _ if !self.is_here(&peer) => Response::Refused(Refusal::NoSession),
+            Request::Take => match self.take(peer, blobs) {
+                // Who has nothing else to do waits for the answer instead of asking again.
+                Response::Idle { why: Idle::Waiting, .. } if self.is_free(peer) => {
+                    return self.hold(peer, token);
+                }
+                response => response,
+            },
             Request::Beat { units } => {
                 let wanted = |unit: &Hash| self.is_wanted(peer, unit);
                 Response::Beat { unwanted: units.into_iter().filter(|u| !wanted(u)).collect() }
@@ -59,6 +68,12 @@ impl Coordinator {
         };
         self.scheduler.touch(peer, self.now_ms);
         self.effect(Effect::Reply { token, response });
+    }
+
+    /// Whether a session is open; whoever fell silent begins another.
+    fn is_here(&self, peer: &PeerKey) -> bool {
+        let volunteer = self.scheduler.volunteers().get(peer);
+        self.sessions.contains_key(peer) && volunteer.is_some_and(|v| v.is_present)
     }
 
     fn refuse(&mut self, token: u64, refusal: Refusal) {
@@ -160,10 +175,55 @@ impl Coordinator {
             }
             None => {
                 let unit_ms = self.pipeline.config.swarm.unit_seconds * 1e3;
-                let retry_ms = (unit_ms / 20.0).clamp(20.0, 2000.0) as u32;
+                let retry_ms = (unit_ms / 10.0).clamp(100.0, 2000.0) as u32;
                 Response::Idle { retry_ms, why: why.unwrap_or(Idle::Waiting), accepted }
             }
         }
+    }
+
+    fn is_free(&self, peer: PeerKey) -> bool {
+        self.scheduler.volunteers().get(&peer).is_some_and(|v| v.lease_count() == 0)
+    }
+
+    /// Keeps a question for work until there is some.
+    fn hold(&mut self, peer: PeerKey, token: u64) {
+        self.scheduler.touch(peer, self.now_ms);
+        let session = self.sessions.get_mut(&peer);
+        let before = session.and_then(|s| s.waiting.replace(token));
+        match before {
+            Some(token) => self.effect(Effect::Reply { token, response: Response::Done }),
+            None => {
+                let silence_ms = self.pipeline.config.swarm.silence_seconds * 1e3;
+                let hold_ms = HOLD_MS.min((silence_ms / 4.0) as u64);
+                self.waiting.push_back((self.now_ms + hold_ms, peer));
+            }
+        }
+    }
+
+    /// Answers those who wait, as far as there is work; and those who waited long enough.
+    pub(super) fn serve_waiting(&mut self, blobs: &dyn Blobs) {
+        let all_hear = self.closed || self.paused;
+        let mut still = VecDeque::new();
+        while let Some((until_ms, peer)) = self.waiting.pop_front() {
+            let due = self.now_ms >= until_ms || all_hear;
+            if !due && !self.scheduler.has_work(self.now_ms) {
+                still.push_back((until_ms, peer));
+                break;
+            }
+            let Some(token) = self.sessions.get(&peer).and_then(|s| s.waiting) else { continue };
+            let response = self.take(peer, blobs);
+            if matches!(response, Response::Idle { why: Idle::Waiting, .. }) && !due {
+                still.push_back((until_ms, peer));
+                continue;
+            }
+            if let Some(session) = self.sessions.get_mut(&peer) {
+                session.waiting = None;
+            }
+            self.scheduler.touch(peer, self.now_ms);
+            self.effect(Effect::Reply { token, response });
+        }
+        still.append(&mut self.waiting);
+        self.waiting = still;
     }
 
     /// The bytes of a unit that was just leased.
@@ -239,12 +299,18 @@ impl Coordinator {
         }
         if let Some(audit) = self.audit_of(peer, &unit) {
             self.audited_by(peer, audit, offer.receipt, blobs);
+            // It keeps to the audit, should it have been given the unit itself too.
+            if let Some(in_flight) = self.units.get(&unit) {
+                self.scheduler.release(peer, in_flight.task);
+            }
             return Response::Keep;
         }
         let model = self.pipeline.model();
         let Some(in_flight) = self.units.get_mut(&unit) else { return Response::Keep };
         let open = in_flight.held.is_none() && self.scheduler.holds(peer, in_flight.task);
         if !open {
+            // Somebody was faster, and that is no lapse.
+            self.scheduler.release(peer, in_flight.task);
             return Response::Keep;
         }
         if offer.bytes > result_bytes_max(&in_flight.unit.work, model) {

@@ -25,7 +25,12 @@ impl Coordinator {
             Arrival::Differs => {
                 return self.convict(peer, Offence::BytesDifferFromReceipt, Some(unit));
             }
-            Arrival::Failed => return self.scheduler.release(peer, task),
+            Arrival::Failed => {
+                if self.scheduler.fail(peer, task, self.now_ms) {
+                    self.convict(peer, Offence::LeaseHoarding, Some(unit));
+                }
+                return;
+            }
         };
         self.figures.result_bytes += bytes.len() as u64;
         if in_flight.held.is_some() || !self.scheduler.holds(peer, task) {
@@ -46,15 +51,21 @@ impl Coordinator {
             in_flight_mut(self, &unit, |u| u.held = Some(held));
             return self.audit_in_flight(unit, held, Urgency::Admission);
         }
-        // Whether it is audited is decided after the receipt, by a draw that nobody can foresee.
-        let probability =
-            self.scheduler.standing(peer).audit_probability(&self.pipeline.config.swarm);
-        let spot = self.draw(b"audit", &unit, &offer.receipt) < probability;
-        if spot {
+        if self.is_drawn(peer, &unit, &offer.receipt) {
             self.audit_in_flight(unit, held, Urgency::Spot);
         }
         self.accept(unit, held, output);
         self.sync();
+    }
+
+    /// Whether a unit of a trusted volunteer is audited: decided after the receipt, by a draw that
+    /// nobody can foresee.
+    pub(super) fn is_drawn(&mut self, peer: PeerKey, unit: &Hash, receipt: &Hash) -> bool {
+        let policy = &self.pipeline.config.swarm;
+        let standing = self.scheduler.standing(peer);
+        let (trusted, probability) =
+            (standing.is_trusted(policy), standing.audit_probability(policy));
+        trusted && self.draw(b"audit", unit, receipt) < probability
     }
 
     /// A number in 0 to 1 that follows from the audit seed.
@@ -89,10 +100,11 @@ impl Coordinator {
         self.audits.insert(id, audit);
     }
 
-    /// Asks for an audit of a unit that is in the run.
+    /// Asks for an audit of a unit that is in the run. What a convict left is redone by the own
+    /// engine alone: others may be in league with it.
     pub(super) fn audit_accepted(&mut self, of: PeerKey, a: Accepted, urgency: Urgency) {
         let kind = [Kind::Sample, Kind::Forward, Kind::Gradient][usize::from(a.kind.min(2))];
-        self.ask(Audit {
+        let audit = Audit {
             unit: a.unit,
             of,
             receipt: a.receipt,
@@ -103,7 +115,11 @@ impl Coordinator {
             cost: a.multiply_adds,
             given: None,
             auditor: None,
-        });
+        };
+        match urgency {
+            Urgency::Redo => self.ask_myself(audit),
+            Urgency::Admission | Urgency::Spot => self.ask(audit),
+        }
     }
 
     /// A result enters the run.
@@ -140,7 +156,7 @@ impl Coordinator {
     }
 
     /// Remembers a unit that is in the run.
-    pub(super) fn enter(&mut self, entry: UnitEntry, weights: Hash, sequence: u64) {
+    pub(super) fn enter(&mut self, entry: UnitEntry, weights: Hash, sequence: u64) -> Accepted {
         let lag = self.pipeline.config.rl.as_ref().map_or(0, |rl| rl.policy_lag as u64);
         let is_rollout = matches!(entry.path.stage, Stage::Rollout { .. });
         let accepted = Accepted {
@@ -157,15 +173,18 @@ impl Coordinator {
         standing.accepted += 1;
         standing.provisional_credit += entry.multiply_adds;
         let record = self.records.entry(entry.volunteer).or_default();
-        record.unaudited.insert(sequence, accepted);
+        record.unproven.insert(sequence, accepted);
         self.unsettled.insert((accepted.ordinal, sequence));
+        accepted
     }
 
     /// The own engine finished an audit: the last word.
     pub(super) fn executed(&mut self, id: TaskId, receipt: Hash, blobs: &dyn Blobs) {
-        if self.executing == Some(id) {
-            self.executing = None;
+        // Before a roll-back another audit may have been under way.
+        if self.executing != Some(id) {
+            return;
         }
+        self.executing = None;
         let Some(audit) = self.audits.remove(&id) else { return };
         self.scheduler.finish_audit(id);
         self.figures.own_audit += audit.cost;
@@ -174,8 +193,10 @@ impl Coordinator {
         {
             self.convict(auditor, Offence::WrongResult, Some(audit.unit));
         }
-        let coordinator = self.writer.coordinator();
-        self.verdict(audit, coordinator, receipt, blobs);
+        // An auditor that was right gets the credit, though its word alone was not enough.
+        let right = audit.auditor.filter(|(_, found)| *found == receipt);
+        let auditor = right.map_or(self.writer.coordinator(), |(auditor, _)| auditor);
+        self.verdict(audit, auditor, receipt, blobs);
     }
 
     /// A volunteer finished an audit.
@@ -247,30 +268,37 @@ impl Coordinator {
                 let task = u.task;
                 self.scheduler.reopen(task);
             }
-            if self.scheduler.is_expelled(&of) {
-                self.redone(of, unit, false);
-            } else {
-                self.convict(of, Offence::WrongResult, Some(unit));
-                self.redone(of, unit, false);
+            self.convict(of, Offence::WrongResult, Some(unit));
+            // Whoever found the lie valid is in league with the liar.
+            if let Some(auditor) = self.vouched.remove(&(of, unit)) {
+                self.convict(auditor, Offence::WrongResult, Some(unit));
             }
+            self.redone(of, unit, false);
         }
         self.sync();
     }
 
     /// An audit of `unit` was valid: its volunteer's units up to it are settled.
     pub(super) fn settle(&mut self, of: PeerKey, unit: Hash, auditor: PeerKey, cost: u64) {
-        if auditor != self.writer.coordinator() {
+        let own = self.writer.coordinator();
+        if auditor != own {
             self.scheduler.standing(auditor).credit += cost;
         }
         let record = self.records.entry(of).or_default();
-        let found = record.unaudited.values().find(|a| a.unit == unit).map(|a| a.sequence);
+        let found = record.unproven.values().find(|a| a.unit == unit).map(|a| a.sequence);
         if let Some(sequence) = found {
             let since = record.settled.map_or(0, |s| s + 1);
-            // Audits may come to an end in another order than the units entered.
-            let newly = (since <= sequence).then(|| record.unaudited.range(since..=sequence));
-            let settled: Vec<Accepted> = newly.into_iter().flatten().map(|(_, a)| *a).collect();
+            // An older unit's audit may come after a newer one's: nothing is left to settle then.
+            let later = record.unproven.range(since..);
+            let settled: Vec<Accepted> =
+                later.take_while(|(s, _)| **s <= sequence).map(|(_, a)| *a).collect();
             record.settled = record.settled.max(Some(sequence));
-            record.unaudited.remove(&sequence);
+            if auditor == own {
+                record.unproven.remove(&sequence);
+                self.vouched.remove(&(of, unit));
+            } else {
+                self.vouched.insert((of, unit), auditor);
+            }
             let credit: u64 = settled.iter().map(|a| a.multiply_adds).sum();
             for a in settled {
                 self.unsettled.remove(&(a.ordinal, a.sequence));
@@ -285,7 +313,8 @@ impl Coordinator {
         self.redone(of, unit, true);
     }
 
-    /// Expels a volunteer; all its units that no audit has looked at are redone.
+    /// Expels a volunteer; all its units that the own engine has not redone are, and all that were
+    /// found valid on its word.
     pub(super) fn convict(&mut self, peer: PeerKey, offence: Offence, unit: Option<Hash>) {
         if self.scheduler.is_expelled(&peer) {
             return;
@@ -306,25 +335,40 @@ impl Coordinator {
                 self.scheduler.reopen(in_flight.task);
             }
         }
-        let own = self.audits.iter().filter(|(_, a)| a.of == peer).map(|(id, _)| *id);
-        for id in own.collect::<Vec<_>>() {
-            if self.executing != Some(id) {
-                self.audits.remove(&id);
-                self.scheduler.finish_audit(id);
-            }
-        }
-        let unaudited: Vec<Accepted> = self
-            .records
-            .get(&peer)
-            .map(|r| r.unaudited.values().copied().collect())
-            .unwrap_or_default();
-        let units: BTreeSet<Hash> = unaudited.iter().map(|a| a.unit).collect();
-        if units.is_empty() {
+        self.drop_audits(|a| a.of == peer);
+        self.doubt_word_of(peer);
+        let record = self.records.get(&peer);
+        let unproven: Vec<Accepted> =
+            record.map_or(Vec::new(), |r| r.unproven.values().copied().collect());
+        if unproven.is_empty() {
             return;
         }
+        let units: BTreeSet<Hash> = unproven.iter().map(|a| a.unit).collect();
         self.redo.insert(peer, (units, Vec::new()));
-        for a in unaudited {
+        for a in unproven {
             self.audit_accepted(peer, a, Urgency::Redo);
+        }
+    }
+
+    /// Drops audits that nobody waits for, except the one under way.
+    fn drop_audits(&mut self, which: impl Fn(&Audit) -> bool) {
+        let dropped = self.audits.iter().filter(|(id, a)| which(a) && self.executing != Some(**id));
+        for id in dropped.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.audits.remove(&id);
+            self.scheduler.finish_audit(id);
+        }
+    }
+
+    /// Redoes what was found valid on the word of a convict.
+    fn doubt_word_of(&mut self, auditor: PeerKey) {
+        let doubtful = self.vouched.iter().filter(|(_, by)| **by == auditor).map(|(key, _)| *key);
+        for (of, unit) in doubtful.collect::<Vec<_>>() {
+            self.vouched.remove(&(of, unit));
+            let record = self.records.get(&of);
+            let found = record.and_then(|r| r.unproven.values().find(|a| a.unit == unit)).copied();
+            if let Some(accepted) = found.filter(|_| !self.scheduler.is_expelled(&of)) {
+                self.audit_accepted(of, accepted, Urgency::Redo);
+            }
         }
     }
 
@@ -333,27 +377,30 @@ impl Coordinator {
         let Some((waiting, lies)) = self.redo.get_mut(&peer) else { return };
         if waiting.remove(&unit) && !valid {
             let record = self.records.get(&peer);
-            lies.extend(record.and_then(|r| r.unaudited.values().find(|a| a.unit == unit)));
+            lies.extend(record.and_then(|r| r.unproven.values().find(|a| a.unit == unit)));
         }
-        if !waiting.is_empty() {
+        let is_over = waiting.is_empty();
+        self.drop_audits(|a| a.of == peer && a.unit == unit);
+        if !is_over {
             return;
         }
         let Some((_, lies)) = self.redo.remove(&peer) else { return };
         if lies.is_empty() {
-            let Some(record) = self.records.get_mut(&peer) else { return };
-            for a in std::mem::take(&mut record.unaudited).into_values() {
+            let record = self.records.entry(peer).or_default();
+            for a in std::mem::take(&mut record.unproven).into_values() {
                 self.unsettled.remove(&(a.ordinal, a.sequence));
             }
             return;
         }
         let ordinal = lies.iter().map(|a| a.rests).min().unwrap_or(0);
+        // First of all: once the ledger has forgotten the lies, their states would pass for good.
+        self.effect(Effect::DropSnapshots { after: ordinal });
         for lie in &lies {
             self.write(Entry::Voided { unit: lie.unit, volunteer: peer });
         }
         self.write(Entry::RolledBack { ordinal });
-        self.effect(Effect::DropSnapshots { after: ordinal });
         self.announce(StatusEvent::RolledBack { ordinal });
-        self.effect(Effect::Restart);
+        self.restarts = true;
         self.halted = true;
     }
 }

@@ -46,6 +46,14 @@ impl Scheduler {
         Some(Assignment::Unit { task, path, first, count })
     }
 
+    /// Whether there may be something to give out.
+    pub fn has_work(&self, now_ms: u64) -> bool {
+        !self.homeless.is_empty()
+            || !self.audit_queue.is_empty()
+            || self.late.first().is_some_and(|(at, _)| *at <= now_ms)
+            || self.jobs.values().any(|t| !t.uncut.is_empty())
+    }
+
     /// The most urgent audit that this volunteer may do: only trusted ones audit, never their own
     /// work.
     fn audit_for(&self, peer: PeerKey) -> Option<TaskId> {
@@ -177,6 +185,16 @@ impl Scheduler {
             audit.holder = None;
             self.audit_queue.insert(audit.key(task));
         }
+    }
+
+    /// What a volunteer announced did not come: its unit goes to others. Whether this happened so
+    /// often that it must be expelled.
+    pub fn fail(&mut self, peer: PeerKey, task: TaskId, now_ms: u64) -> bool {
+        if !self.holds(peer, task) {
+            return false;
+        }
+        self.release(peer, task);
+        self.lapse(peer, now_ms) >= LAPSES_MAX
     }
 
     /// Takes back what is over its deadline, and everything of those who fell silent. Returns who

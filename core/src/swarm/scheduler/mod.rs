@@ -219,15 +219,15 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// Nothing to do, nobody here.
-    pub fn new(policy: SwarmSection) -> Self {
+    /// Nothing to do, nobody here. Names of units and audits start at `first_id`.
+    pub fn new(policy: SwarmSection, first_id: TaskId) -> Self {
         Self {
             policy,
             volunteers: BTreeMap::new(),
             jobs: BTreeMap::new(),
             tasks: BTreeMap::new(),
             audits: BTreeMap::new(),
-            next_id: 0,
+            next_id: first_id,
             homeless: BTreeSet::new(),
             late: BTreeSet::new(),
             audit_queue: BTreeSet::new(),
