@@ -10,7 +10,7 @@ MANYHANDS := target/release/manyhands
 .PHONY: help build demo test lint unit wasm aarch64 tint bench clean
 
 help:
-	@echo "make demo   train a tiny model on this machine (about 2 minutes after the build)"
+	@echo "make demo   a swarm on this machine trains a tiny model (about 5 minutes after the build)"
 	@echo "make test   every check and test: lints, engines, software Vulkan, wasm, aarch64, Tint"
 	@echo "make bench  measure speed and memory"
 
@@ -18,7 +18,10 @@ build:
 	@.ci/packages cc
 	cargo build --release --locked -p manyhands
 
-demo: build
+# With volunteers that can lie, which a release cannot.
+demo:
+	@.ci/packages cc
+	cargo build --release --locked -p manyhands --features attacks
 	$(MANYHANDS) demo
 
 bench: build
@@ -29,14 +32,14 @@ test: lint unit wasm aarch64 tint
 lint:
 	@.ci/packages cc
 	cargo fmt --all --check
-	cargo clippy --locked --workspace --all-targets -- -D warnings
+	cargo clippy --locked --workspace --all-targets --all-features -- -D warnings
 	.ci/wasm clippy
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --quiet
 
 # A software Vulkan adapter stands in for a GPU, and its absence is an error.
 unit:
 	@.ci/packages cc vulkan
-	GPU_REQUIRED=1 cargo test --locked --workspace
+	GPU_REQUIRED=1 cargo test --locked --workspace --all-features
 
 wasm:
 	@.ci/packages cc node

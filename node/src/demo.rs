@@ -1,18 +1,34 @@
-//! `manyhands demo`: from nothing to a model that reasons a little, in a few minutes.
+//! `manyhands demo`: a swarm of separate processes on this machine trains a tiny model from nothing;
+//! one of the volunteers lies.
 
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use manyhands_core::run::config::RunConfig;
 use manyhands_core::run::report::{EvalReport, Phase};
+use serde_json::{Value, json};
 
 use crate::cli::{EngineArgs, program, runs_dir};
-use crate::store::{RunDir, write_atomic};
+use crate::host::URL_FILE;
+use crate::store::{RunDir, read_bounded, write_atomic};
 use crate::train::{LogLine, PLOT, parse_run, read_log, train};
 
 /// The run file of the demo.
 pub const RUN: &str = include_str!("../runs/demo.toml");
+/// How long a host may take to say where it is.
+const START: Duration = Duration::from_secs(60);
+/// How long volunteers may take to hear that the run is complete.
+const FAREWELL: Duration = Duration::from_secs(15);
+/// Largest summary that a host writes.
+const SUMMARY_BYTES_MAX: u64 = 64 << 20;
+/// Honest volunteers.
+const HONEST: usize = 3;
+/// What the other one does, in a build that can.
+const ATTACK: Option<&str> = if cfg!(feature = "attacks") { Some("sign-flip") } else { None };
 
 /// Arguments of `demo`.
 #[derive(Debug, Args)]
@@ -26,6 +42,12 @@ pub struct DemoArgs {
     /// Write a summary to this file, as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Train in this process alone, without a swarm.
+    #[arg(long)]
+    solo: bool,
+    /// Do not run it once more with a single volunteer to compare the weights.
+    #[arg(long)]
+    no_check: bool,
     #[command(flatten)]
     engine: EngineArgs,
 }
@@ -36,21 +58,160 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     config.seed = args.seed;
     config.name = format!("demo-{}", args.seed);
     let dir = args.dir.clone().unwrap_or_else(|| runs_dir().join(&config.name));
-    let mut again = format!("{} demo --seed {}", program(), args.seed);
-    if let Some(dir) = &args.dir {
-        again += &format!(" --dir {}", dir.display());
+    let again = || {
+        let mut again = format!("{} demo --seed {}", program(), args.seed);
+        if let Some(dir) = &args.dir {
+            again += &format!(" --dir {}", dir.display());
+        }
+        again + if args.solo { " --solo" } else { "" }
+    };
+    let summary = if args.solo {
+        let finished = train(&config, Path::new("."), &dir, &args.engine, &again())?;
+        let Some(summary) = finished else { return Ok(ExitCode::from(130)) };
+        serde_json::to_value(&summary)?
+    } else {
+        eprintln!("{HONEST} honest volunteers{}", ATTACK.map_or("", |_| " and one that lies"));
+        let Some(mut summary) = swarm(&config, &dir, HONEST, ATTACK, args)? else {
+            eprintln!("saved in {}; go on with: {}", dir.display(), again());
+            return Ok(ExitCode::from(130));
+        };
+        if !args.no_check {
+            eprintln!("\nthe same run with one honest volunteer, to compare the weights");
+            let Some(alone) = swarm(&config, &dir.join("alone"), 1, None, args)? else {
+                return Ok(ExitCode::from(130));
+            };
+            let equal = alone["weights"] == summary["weights"];
+            summary["alone"] = json!({"weights": alone["weights"], "equal": equal});
+        }
+        summary
+    };
+    println!("\n{}", table(&read_log(&RunDir::open(&dir)?)?).unwrap_or_default());
+    if !args.solo {
+        println!("{}", volunteers(&summary));
     }
-    let finished = train(&config, Path::new("."), &dir, &args.engine, &again)?;
-    let Some(summary) = finished else { return Ok(ExitCode::from(130)) };
-    let store = RunDir::open(&dir)?;
-    println!("\n{}", table(&read_log(&store)?).unwrap_or_default());
-    println!("weights   {}", summary.weights);
-    println!("plot      {}", store.path(PLOT).display());
+    println!("weights   {}", summary["weights"].as_str().unwrap_or_default());
+    if let Some(alone) = summary["alone"]["weights"].as_str() {
+        println!("alone     {alone}");
+        ensure!(summary["alone"]["equal"] == true, "the weights depend on who took part: a bug");
+    }
+    println!("plot      {}", dir.join(PLOT).display());
+    if !args.solo {
+        println!("replay    {} replay {}", program(), dir.display());
+    }
     println!("try it    {} sample {}", program(), dir.display());
     if let Some(path) = &args.json {
         write_atomic(path, &serde_json::to_vec_pretty(&summary)?)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Processes that end with the demo.
+struct Processes(Vec<Child>);
+
+impl Drop for Processes {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            // It may have ended by itself.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// A host and its volunteers as processes on the loopback device. `None`: interrupted.
+fn swarm(
+    config: &RunConfig,
+    dir: &Path,
+    honest: usize,
+    attack: Option<&str>,
+    args: &DemoArgs,
+) -> Result<Option<Value>> {
+    let volunteers = dir.join("volunteers");
+    fs::create_dir_all(&volunteers)
+        .with_context(|| format!("cannot make {}", volunteers.display()))?;
+    let (run, url, summary) = (dir.join("run.toml"), dir.join(URL_FILE), dir.join("summary.json"));
+    write_atomic(&run, toml::to_string(config)?.as_bytes())?;
+    let _ = fs::remove_file(&url);
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let mut host = Command::new(&program);
+    host.arg("host").arg(&run).arg("--dir").arg(dir).arg("--json").arg(&summary);
+    host.args(["--http", "127.0.0.1:0", "--listen", "127.0.0.1"]).stdout(Stdio::null());
+    let mut host = Processes(vec![host.spawn().context("cannot start the host")?]);
+    let started = Instant::now();
+    while !url.exists() {
+        if let Some(status) = host.0[0].try_wait()? {
+            bail!("the host ended at once: {status}");
+        }
+        ensure!(started.elapsed() < START, "the host does not start");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let url = fs::read_to_string(&url)?;
+    let mut joined = Processes(Vec::new());
+    for i in 0..honest + attack.map_or(0, |_| 1) {
+        let home = volunteers.join(format!("{}", i + 1));
+        let log = volunteers.join(format!("{}.log", i + 1));
+        let log = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
+        let mut join = Command::new(&program);
+        // Several volunteers share this machine: one thread each.
+        let threads = if honest == 1 { args.engine.threads.to_string() } else { "1".into() };
+        join.arg("join").arg(&url).arg("--dir").arg(home).args(["--threads", &threads]);
+        join.args(["--engine", &args.engine.engine.to_string()]);
+        if i == honest {
+            join.args(["--attack", attack.unwrap_or_default()]);
+        }
+        join.stdout(Stdio::null()).stderr(log);
+        joined.0.push(join.spawn().context("cannot start a volunteer")?);
+    }
+    let status = host.0[0].wait()?;
+    if status.code() == Some(130) {
+        return Ok(None);
+    }
+    ensure!(status.success(), "the host ended with {status}");
+    let patience = Instant::now();
+    while patience.elapsed() < FAREWELL
+        && joined.0.iter_mut().take(honest).any(|c| matches!(c.try_wait(), Ok(None)))
+    {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let mut summary: Value = serde_json::from_slice(&read_bounded(&summary, SUMMARY_BYTES_MAX)?)?;
+    explain(&mut summary, attack);
+    Ok(Some(summary))
+}
+
+/// Adds to a host's summary what scripts ask for first.
+fn explain(summary: &mut Value, attack: Option<&str>) {
+    let all = summary["status"]["volunteers"].as_array().cloned().unwrap_or_default();
+    let fields = |v: &Value| json!({"peer": v["peer"], "units": v["units"], "credit": v["credit"]});
+    summary["volunteers"] = all.iter().map(fields).collect();
+    let expelled = all.iter().filter(|v| v["standing"] == "expelled").map(|v| {
+        json!({
+            "peer": v["peer"], "attack": attack, "offence": v["expelled_for"],
+            "after_units": v["units"],
+        })
+    });
+    summary["expelled"] = expelled.collect();
+    summary["audits"] = summary["status"]["verification"].clone();
+    summary["bytes"] = summary["status"]["bytes"].clone();
+}
+
+/// Who did what, as a table.
+fn volunteers(summary: &Value) -> String {
+    let mut out = format!(
+        "{:10} {:>9} {:>7} {:>8} {:>16}\n",
+        "volunteer", "", "units", "audited", "credit (G)"
+    );
+    for v in summary["status"]["volunteers"].as_array().into_iter().flatten() {
+        let peer = v["peer"].as_str().and_then(|p| p.get(..8)).unwrap_or_default();
+        let standing = v["standing"].as_str().unwrap_or_default();
+        let credit = v["credit"].as_u64().unwrap_or(0) as f64 / 1e9;
+        out += &format!(
+            "{peer:10} {standing:>9} {:>7} {:>8} {credit:>16.1}\n",
+            v["units"].as_u64().unwrap_or(0),
+            v["audited"].as_u64().unwrap_or(0),
+        );
+    }
+    let overhead = summary["audits"]["overhead_fraction"].as_f64().unwrap_or(0.0);
+    out + &format!("audits cost {:.1}% of the work\n", 100.0 * overhead)
 }
 
 /// pass@k before and after reinforcement learning, as a table.

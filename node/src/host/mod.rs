@@ -26,7 +26,7 @@ use crate::http::{self, AdminToken, Feed, HttpState};
 use crate::identity::Identity;
 use crate::net::{Limits, Net, NetConfig};
 use crate::storage::Storage;
-use crate::store::read_bounded;
+use crate::store::{read_bounded, write_atomic};
 use crate::train::{open_problems, parse_run};
 
 /// Port of dashboard and API, unless it is taken.
@@ -35,6 +35,8 @@ const HTTP_PORT: u16 = 8420;
 const BLOB_BYTES_MAX: u64 = 64 << 30;
 /// Largest run file.
 const RUN_BYTES_MAX: u64 = 1 << 20;
+/// File in a host's directory that says where it can be joined.
+pub const URL_FILE: &str = "url";
 /// Events that wait for the coordinator.
 const EVENTS_MAX: usize = 1024;
 
@@ -133,6 +135,7 @@ async fn host(args: &HostArgs, config: &RunConfig, base: &std::path::Path) -> Re
     };
     let actor = actor::Actor::start(setup, keep, net, status, feed.clone())?;
     let manifest = serde_json::to_vec(&actor.manifest())?;
+    write_atomic(&dir.join(URL_FILE), url.as_bytes())?;
     eprintln!("run        {} ({})", actor.run(), config.name);
     eprintln!("dashboard  {url}");
     eprintln!("join       {} join {url}", program());

@@ -40,7 +40,10 @@ impl Scheduler {
         let (path, first, count, cost) = (t.path, t.first, t.count, t.cost);
         self.homeless.remove(&(path, task));
         let expected_ms = self.lease(peer, task, Kind::of(path.stage), cost, now_ms);
-        let late_ms = now_ms + ((expected_ms - now_ms) as f64 * LATE) as u64;
+        // Of a small unit the wait costs less than a second computation would.
+        let slack_ms = (self.policy.unit_seconds * 500.0) as u64;
+        let took_ms = expected_ms - now_ms;
+        let late_ms = now_ms + ((took_ms as f64 * LATE) as u64).max(took_ms + slack_ms);
         let again = self.tasks.get(&task).is_some_and(|t| t.holders.len() < HOLDERS_MAX);
         self.set_late(task, again.then_some(late_ms));
         Some(Assignment::Unit { task, path, first, count })
