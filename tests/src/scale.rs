@@ -3,6 +3,7 @@
 //! coordination peer's own code. Roll-backs are counted, not carried out.
 
 mod figures;
+mod results;
 mod world;
 
 pub use figures::Figures;

@@ -4,10 +4,8 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
 use manyhands_core::run::config::SwarmSection;
-use manyhands_core::run::job::{JobPath, Stage};
-use manyhands_core::swarm::coordinator::OWN_CHECKS_MAX;
+use manyhands_core::run::job::JobPath;
 use manyhands_core::swarm::ids::PeerKey;
-use manyhands_core::swarm::ledger::Offence;
 use manyhands_core::swarm::scheduler::{
     Assignment, Kind, LEASES_A_VOLUNTEER_MAX, Scheduler, TaskId, Urgency,
 };
@@ -21,10 +19,10 @@ const SPEED_MIN: f64 = 5e9;
 /// Pause between two signs of life.
 const BEAT_MS: u64 = 7_500;
 /// Speed of the coordination peer's own engine.
-const OWN_SPEED: f64 = 2e10;
+pub(super) const OWN_SPEED: f64 = 2e10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum What {
+pub(super) enum What {
     /// A volunteer comes.
     Arrive,
     /// A volunteer goes, with or without a word.
@@ -45,7 +43,7 @@ enum What {
 
 /// A lease: what it costs and how it is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Work {
+pub(super) struct Work {
     task: TaskId,
     cost: u64,
     kind: usize,
@@ -53,69 +51,72 @@ struct Work {
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Honesty {
+pub(super) enum Honesty {
     Honest,
     Liar,
     Turncoat,
 }
 
-struct Volunteer {
-    honesty: Honesty,
-    speed: [f64; 3],
-    latency_ms: u64,
-    present: bool,
+pub(super) struct Volunteer {
+    pub(super) honesty: Honesty,
+    pub(super) speed: [f64; 3],
+    pub(super) latency_ms: u64,
+    pub(super) present: bool,
     /// Visits so far: what belongs to an earlier one is void.
-    visit: u32,
-    since_ms: u64,
-    asking: bool,
-    computing: bool,
-    queue: Vec<Work>,
+    pub(super) visit: u32,
+    pub(super) since_ms: u64,
+    pub(super) asking: bool,
+    pub(super) computing: bool,
+    pub(super) queue: Vec<Work>,
     /// False or not, of units that no audit looked at: cost.
-    unaudited: Vec<(u64, bool)>,
+    pub(super) unaudited: Vec<(u64, bool)>,
 }
 
-struct Unit {
-    path: JobPath,
-    count: usize,
-    cost: u64,
+pub(super) struct Unit {
+    pub(super) path: JobPath,
+    pub(super) count: usize,
+    pub(super) cost: u64,
 }
 
-struct Audit {
-    of: usize,
-    cost: u64,
-    is_false: bool,
+pub(super) struct Audit {
+    pub(super) of: usize,
+    pub(super) cost: u64,
+    pub(super) is_false: bool,
     /// The unit that waits for it, if it is a newcomer's.
-    holds: Option<TaskId>,
+    pub(super) holds: Option<TaskId>,
 }
+
+/// When, order among the same, whose, at which of its visits, what.
+type Due = (u64, u64, usize, u32, What);
 
 pub(super) struct World<'a> {
-    scale: &'a Scale,
-    policy: SwarmSection,
-    scheduler: Scheduler,
-    queue: BinaryHeap<Reverse<(u64, u64, usize, u32, What)>>,
-    events: u64,
-    volunteers: Vec<Volunteer>,
-    units: BTreeMap<TaskId, Unit>,
-    audits: BTreeMap<TaskId, Audit>,
+    pub(super) scale: &'a Scale,
+    pub(super) policy: SwarmSection,
+    pub(super) scheduler: Scheduler,
+    pub(super) queue: BinaryHeap<Reverse<Due>>,
+    pub(super) events: u64,
+    pub(super) volunteers: Vec<Volunteer>,
+    pub(super) units: BTreeMap<TaskId, Unit>,
+    pub(super) audits: BTreeMap<TaskId, Audit>,
     /// Items that a job still needs.
-    jobs: BTreeMap<JobPath, usize>,
-    items: usize,
-    sampled: u64,
-    step: u64,
-    own_busy: bool,
-    rng: u64,
-    now_ms: u64,
-    figures: Figures,
+    pub(super) jobs: BTreeMap<JobPath, usize>,
+    pub(super) items: usize,
+    pub(super) sampled: u64,
+    pub(super) step: u64,
+    pub(super) own_busy: bool,
+    pub(super) rng: u64,
+    pub(super) now_ms: u64,
+    pub(super) figures: Figures,
 }
 
-fn key(i: usize) -> PeerKey {
+pub(super) fn key(i: usize) -> PeerKey {
     let mut bytes = [0; 32];
-    bytes[..8].copy_from_slice(&(i as u64).to_be_bytes());
+    bytes[..8].copy_from_slice(&(i as u64).to_le_bytes());
     PeerKey(bytes)
 }
 
 fn index(key: &PeerKey) -> usize {
-    key.0[..8].iter().fold(0, |sum, b| sum << 8 | usize::from(*b))
+    key.0[..8].iter().rev().fold(0, |sum, b| sum << 8 | usize::from(*b))
 }
 
 impl<'a> World<'a> {
@@ -180,7 +181,7 @@ impl<'a> World<'a> {
     }
 
     /// Splitmix64, 0 to 1.
-    fn random(&mut self) -> f64 {
+    pub(super) fn random(&mut self) -> f64 {
         self.rng = self.rng.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.rng;
         z = (z ^ z >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -188,7 +189,7 @@ impl<'a> World<'a> {
         ((z ^ z >> 31) >> 11) as f64 / (1_u64 << 53) as f64
     }
 
-    fn push(&mut self, at_ms: u64, who: usize, what: What) {
+    pub(super) fn push(&mut self, at_ms: u64, who: usize, what: What) {
         let visit = self.volunteers.get(who).map_or(0, |v| v.visit);
         self.events += 1;
         self.queue.push(Reverse((at_ms, self.events, who, visit, what)));
@@ -288,7 +289,7 @@ impl<'a> World<'a> {
         self.ask(who, 0);
     }
 
-    fn leave(&mut self, who: usize) {
+    pub(super) fn leave(&mut self, who: usize) {
         let v = &mut self.volunteers[who];
         if !std::mem::take(&mut v.present) {
             return;
@@ -417,116 +418,9 @@ impl<'a> World<'a> {
         self.figures.false_units += u64::from(is_false);
         self.accept(work.task);
     }
-
-    fn accept(&mut self, task: TaskId) {
-        let Some(unit) = self.units.remove(&task) else { return };
-        self.scheduler.forget(task);
-        self.figures.units += 1;
-        self.figures.useful += unit.cost as f64;
-        if let Some(left) = self.jobs.get_mut(&unit.path) {
-            *left -= unit.count;
-        }
-        if self.jobs.get(&unit.path) == Some(&0) {
-            self.jobs.remove(&unit.path);
-            self.scheduler.close(unit.path);
-            self.open_jobs();
-        }
-    }
-
-    /// The run's shape: rollouts of `step + policy_lag` beside the gradient of `step`.
-    fn open_jobs(&mut self) {
-        loop {
-            let gradient = JobPath { ordinal: self.step, stage: Stage::Gradient { update: 0 } };
-            let rollout = |ordinal| JobPath { ordinal, stage: Stage::Rollout { draw: 0 } };
-            while self.sampled <= self.step + self.scale.policy_lag {
-                self.open(rollout(self.sampled));
-                self.sampled += 1;
-            }
-            if self.jobs.contains_key(&rollout(self.step)) || self.jobs.contains_key(&gradient) {
-                return;
-            }
-            if self.figures.steps == self.step {
-                self.figures.steps += 1;
-                return self.open(gradient);
-            }
-            self.step += 1;
-        }
-    }
-
-    fn open(&mut self, path: JobPath) {
-        self.jobs.insert(path, self.items);
-        let whole = 0..self.items;
-        self.scheduler.open(path, item_cost(Kind::of(path.stage)), 1 << 20, &[whole]);
-    }
-
-    fn audit_myself(&mut self) {
-        if self.own_busy {
-            return;
-        }
-        let Some(id) = self.scheduler.take_own_audit() else { return };
-        let Some(audit) = self.audits.get(&id) else { return };
-        self.own_busy = true;
-        self.figures.own_audits += 1;
-        let ms = (audit.cost as f64 / OWN_SPEED * 1e3) as u64;
-        self.push(self.now_ms + ms.max(1), 0, What::Own(id));
-    }
-
-    fn audited(&mut self, id: TaskId, by: Option<usize>) {
-        let Some(audit) = self.audits.remove(&id) else { return };
-        self.scheduler.finish_audit(id);
-        self.figures.audited += audit.cost as f64;
-        let drawn = self.random() < self.policy.audit_the_auditors;
-        let has_time = self.scheduler.own_audits_waiting() < OWN_CHECKS_MAX;
-        if by.is_some() && (audit.is_false || drawn && has_time) {
-            let (of, kind) = (key(audit.of), Kind::Forward);
-            let urgency = if audit.is_false { Urgency::Redo } else { Urgency::Spot };
-            let id = self.scheduler.request_own_audit(of, kind, audit.cost, urgency);
-            self.audits.insert(id, audit);
-            return;
-        }
-        if !audit.is_false {
-            let standing = self.scheduler.standing(key(audit.of));
-            standing.audited += 1;
-            standing.valid_in_a_row += 1;
-            if let Some(task) = audit.holds {
-                self.accept(task);
-            }
-            return;
-        }
-        self.figures.wasted += audit.cost as f64;
-        if let Some(task) = audit.holds {
-            self.scheduler.reopen(task);
-        }
-        self.expel(audit.of);
-    }
-
-    fn expel(&mut self, who: usize) {
-        if self.scheduler.is_expelled(&key(who)) {
-            return;
-        }
-        let is_honest = self.volunteers[who].honesty == Honesty::Honest;
-        let count =
-            if is_honest { &mut self.figures.honest_expelled } else { &mut self.figures.expelled };
-        *count += 1;
-        self.leave(who);
-        self.scheduler.expel(key(who), Offence::WrongResult);
-        let own: Vec<TaskId> =
-            self.audits.iter().filter(|(_, a)| a.of == who).map(|(id, _)| *id).collect();
-        for id in own {
-            self.scheduler.finish_audit(id);
-            if let Some(Audit { holds: Some(task), .. }) = self.audits.remove(&id) {
-                self.scheduler.reopen(task);
-            }
-        }
-        for (cost, is_false) in std::mem::take(&mut self.volunteers[who].unaudited) {
-            // Done again at once by the coordination peer or others: all of it is verification.
-            self.figures.audited += cost as f64;
-            self.figures.wasted += if is_false { cost as f64 } else { 0.0 };
-        }
-    }
 }
 
-fn item_cost(kind: Kind) -> u64 {
+pub(super) fn item_cost(kind: Kind) -> u64 {
     if kind == Kind::Gradient { 3 * ITEM_COST } else { ITEM_COST }
 }
 

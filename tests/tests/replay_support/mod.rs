@@ -19,7 +19,7 @@ use manyhands_core::swarm::unit::{Unit, decode_output, encode_output};
 use pollster::block_on;
 
 /// Two phases, lag, mini-batches, an evaluation in the middle.
-pub const RUN: &str = r#"
+pub(crate) const RUN: &str = r#"
 name = "replayed"
 seed = 7
 [model]
@@ -55,29 +55,29 @@ newcomer_audits = 3
 audit_probability_min = 0.2
 "#;
 
-pub type Blobs = BTreeMap<Hash, Vec<u8>>;
+pub(crate) type Blobs = BTreeMap<Hash, Vec<u8>>;
 
-pub fn config() -> RunConfig {
+pub(crate) fn config() -> RunConfig {
     toml::from_str(RUN).unwrap()
 }
 
-pub fn file() -> String {
+pub(crate) fn file() -> String {
     (0..64).map(|i| format!("{{\"prompt\":\"p{i}=\",\"answer\":\"{}\"}}\n", i % 3)).collect()
 }
 
 /// One engine, and the decoder of the version at hand.
-pub struct Machine {
+pub(crate) struct Machine {
     engine: Cpu,
     decoder: Option<(Hash, Decoder<Cpu>)>,
 }
 
 impl Machine {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let constants = config().model().unwrap().constants();
         Self { engine: Cpu::new(constants, 1, None), decoder: None }
     }
 
-    pub fn execute(&mut self, version: &Version, work: &Work) -> Output {
+    pub(crate) fn execute(&mut self, version: &Version, work: &Work) -> Output {
         let hash = version.hash().into();
         if self.decoder.as_ref().is_none_or(|(h, _)| *h != hash) {
             self.decoder = Some((hash, Decoder::new(&self.engine, &version.weights)));
@@ -88,20 +88,20 @@ impl Machine {
 }
 
 /// A run by itself: a coordination peer and its volunteers in one loop.
-pub struct Host {
-    pub coordinator: Coordinator,
+pub(crate) struct Host {
+    pub(crate) coordinator: Coordinator,
     machine: Machine,
     /// By hash of the weights: what a volunteer would have fetched.
     versions: BTreeMap<Hash, Arc<Version>>,
-    pub ledger: Vec<Vec<u8>>,
-    pub blobs: Blobs,
+    pub(crate) ledger: Vec<Vec<u8>>,
+    pub(crate) blobs: Blobs,
     now_ms: u64,
     restart: bool,
     /// Whether its audits find whatever was claimed.
-    pub is_complicit: bool,
+    pub(crate) is_complicit: bool,
 }
 
-pub fn start(ledger: &[Vec<u8>], blobs: &Blobs, own: u8) -> Coordinator {
+pub(crate) fn start(ledger: &[Vec<u8>], blobs: &Blobs, own: u8) -> Coordinator {
     let config = config();
     let problems = Problems::open(&config, |_| Ok(file())).unwrap();
     let start = Start {
@@ -121,10 +121,10 @@ pub fn start(ledger: &[Vec<u8>], blobs: &Blobs, own: u8) -> Coordinator {
 }
 
 /// What a volunteer does to a result before it is sent.
-pub type Attack = fn(u64, &mut Output);
+pub(crate) type Attack = fn(u64, &mut Output);
 
 impl Host {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let (ledger, blobs) = (Vec::new(), Blobs::new());
         let coordinator = start(&ledger, &blobs, 1);
         let machine = Machine::new();
@@ -178,7 +178,7 @@ impl Host {
 
     /// Lets volunteers work in turn until the run is closed. `attack` is told how many units its
     /// volunteer has sent.
-    pub fn run(&mut self, volunteers: &[(Secret, Attack)]) {
+    pub(crate) fn run(&mut self, volunteers: &[(Secret, Attack)]) {
         let mut sent = vec![0; volunteers.len()];
         self.greet(volunteers);
         for _ in 0..2000 {
@@ -226,10 +226,10 @@ impl Host {
     }
 }
 
-pub fn honest(_: u64, _: &mut Output) {}
+pub(crate) fn honest(_: u64, _: &mut Output) {}
 
 /// Falsifies scores and gradients from the eighth unit on, when it is trusted.
-pub fn turncoat(sent: u64, output: &mut Output) {
+pub(crate) fn turncoat(sent: u64, output: &mut Output) {
     if sent < 8 {
         return;
     }
@@ -240,6 +240,6 @@ pub fn turncoat(sent: u64, output: &mut Output) {
     }
 }
 
-pub fn volunteers(attack: Attack) -> Vec<(Secret, Attack)> {
+pub(crate) fn volunteers(attack: Attack) -> Vec<(Secret, Attack)> {
     (10..14).map(|i| (Secret::from_seed(&[i; 32]), if i == 11 { attack } else { honest })).collect()
 }

@@ -58,6 +58,9 @@ pub struct Replay {
     pub first_wrong: Option<(u64, String)>,
 }
 
+/// Computes a work under some weights.
+pub type Execute<'a> = dyn FnMut(&Arc<Version>, &Work) -> Result<Output, EngineError> + 'a;
+
 /// What a replay needs besides the ledger.
 pub struct Sources<'a> {
     /// Text of a problem file that the run file names.
@@ -67,7 +70,7 @@ pub struct Sources<'a> {
     /// Which units are computed again.
     pub recompute: Recompute,
     /// Computes a work under some weights.
-    pub execute: &'a mut dyn FnMut(&Arc<Version>, &Work) -> Result<Output, EngineError>,
+    pub execute: &'a mut Execute<'a>,
     /// Is told the steps of all phases that were derived, and how many the run has.
     pub progress: &'a mut dyn FnMut(u64, u64),
 }

@@ -1,7 +1,7 @@
 //! Giving out units and audits, and taking back what lapsed.
 
 use super::{
-    Assignment, GUIDED_SHARE, HOLDERS_MAX, Kind, LAPSES_BEFORE_PAUSE, LAPSES_MAX, LATE,
+    Assignment, GUIDED_SHARE, HEAVY, HOLDERS_MAX, Kind, LAPSES_BEFORE_PAUSE, LAPSES_MAX, LATE,
     LEASES_A_VOLUNTEER_MAX, Lease, PATIENCE, PAUSE_MS_MAX, Scheduler, Task, TaskId, UNIT_SHARE_MIN,
 };
 use crate::run::job::JobPath;
@@ -33,7 +33,8 @@ impl Scheduler {
             Some(task)
         };
         // A step waits for its last unit: late ones come before what is not urgent yet.
-        let task = self.take_homeless(next).or_else(|| backup(self)).or_else(|| self.cut(peer))?;
+        let task =
+            self.take_homeless(peer, next).or_else(|| backup(self)).or_else(|| self.cut(peer))?;
         let t = self.tasks.get_mut(&task)?;
         t.holders.push(peer);
         let (path, first, count, cost) = (t.path, t.first, t.count, t.cost);
@@ -62,18 +63,34 @@ impl Scheduler {
         if !self.is_trusted(&peer) {
             return None;
         }
-        let fits = |(_, _, id): &&(_, _, TaskId)| self.audits[id].of != peer;
+        let fits = |(_, _, id): &&(_, _, TaskId)| {
+            let a = &self.audits[id];
+            a.of != peer && self.suits(peer, a.kind, a.cost)
+        };
         self.audit_queue.iter().take(64).find(fits).map(|(_, _, id)| *id)
     }
 
     /// A unit that nobody holds, unless `next`, the next job to be cut, is more urgent.
-    fn take_homeless(&mut self, next: Option<JobPath>) -> Option<TaskId> {
-        let (path, task) = *self.homeless.first()?;
-        if next.is_some_and(|next| next < path) {
-            return None;
-        }
+    fn take_homeless(&mut self, peer: PeerKey, next: Option<JobPath>) -> Option<TaskId> {
+        let urgent = |path: &JobPath| next.is_none_or(|next| *path <= next);
+        let homeless = self.homeless.iter().take(64).take_while(|(path, _)| urgent(path));
+        let fits = |id: &TaskId| self.tasks.get(id).is_some_and(|t| self.suits_task(peer, t));
+        let task = homeless.map(|(_, id)| *id).find(fits)?;
         self.counts.reissued += 1;
         Some(task)
+    }
+
+    fn suits_task(&self, peer: PeerKey, task: &Task) -> bool {
+        self.suits(peer, Kind::of(task.path.stage), task.cost)
+    }
+
+    /// Whether work that was cut for somebody else is not too much for `peer`: it takes it a few
+    /// units' time, or at least no longer than the average volunteer, of whom one is always here.
+    fn suits(&self, peer: PeerKey, kind: Kind, cost: u64) -> bool {
+        let Some(v) = self.volunteers.get(&peer) else { return false };
+        let speed = v.speed[kind as usize];
+        let average = self.total_speed[kind as usize] / self.seen.len().max(1) as f64;
+        cost as f64 <= speed * self.policy.unit_seconds * HEAVY || speed >= 0.999 * average
     }
 
     /// Cuts a unit for this volunteer from the most urgent job that has items left.
@@ -118,7 +135,8 @@ impl Scheduler {
         let fits = |id: &TaskId| {
             self.tasks.get(id).is_some_and(|t| {
                 let urgent = next.is_none_or(|next| t.path < next);
-                urgent && !t.delivered && !t.holders.contains(&peer)
+                let open = !t.delivered && !t.holders.contains(&peer);
+                urgent && open && self.suits_task(peer, t)
             })
         };
         late.map(|(_, id)| *id).find(fits)

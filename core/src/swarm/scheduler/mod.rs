@@ -34,6 +34,8 @@ const LATE: f64 = 1.5;
 const GUIDED_SHARE: f64 = 0.5;
 /// Smallest unit towards the end of a job, relative to a full one.
 const UNIT_SHARE_MIN: f64 = 0.125;
+/// Somebody else's unit goes to a volunteer that needs at most this many times a unit's time.
+const HEAVY: f64 = 2.0;
 /// Weight of a new measurement of speed.
 const SPEED_GAIN: f64 = 0.3;
 

@@ -1,0 +1,117 @@
+//! What the coordination peer does: results enter, jobs follow each other, audits end.
+
+use manyhands_core::run::job::{JobPath, Stage};
+use manyhands_core::swarm::coordinator::OWN_CHECKS_MAX;
+use manyhands_core::swarm::ledger::Offence;
+use manyhands_core::swarm::scheduler::{Kind, TaskId, Urgency};
+
+use super::world::{Audit, Honesty, OWN_SPEED, What, World, item_cost, key};
+
+impl World<'_> {
+    pub(super) fn accept(&mut self, task: TaskId) {
+        let Some(unit) = self.units.remove(&task) else { return };
+        self.scheduler.forget(task);
+        self.figures.units += 1;
+        self.figures.useful += unit.cost as f64;
+        if let Some(left) = self.jobs.get_mut(&unit.path) {
+            *left -= unit.count;
+        }
+        if self.jobs.get(&unit.path) == Some(&0) {
+            self.jobs.remove(&unit.path);
+            self.scheduler.close(unit.path);
+            self.open_jobs();
+        }
+    }
+
+    /// The run's shape: rollouts of `step + policy_lag` beside the gradient of `step`.
+    pub(super) fn open_jobs(&mut self) {
+        loop {
+            let gradient = JobPath { ordinal: self.step, stage: Stage::Gradient { update: 0 } };
+            let rollout = |ordinal| JobPath { ordinal, stage: Stage::Rollout { draw: 0 } };
+            while self.sampled <= self.step + self.scale.policy_lag {
+                self.open(rollout(self.sampled));
+                self.sampled += 1;
+            }
+            if self.jobs.contains_key(&rollout(self.step)) || self.jobs.contains_key(&gradient) {
+                return;
+            }
+            if self.figures.steps == self.step {
+                self.figures.steps += 1;
+                return self.open(gradient);
+            }
+            self.step += 1;
+        }
+    }
+
+    fn open(&mut self, path: JobPath) {
+        self.jobs.insert(path, self.items);
+        let whole = 0..self.items;
+        self.scheduler.open(path, item_cost(Kind::of(path.stage)), 1 << 20, &[whole]);
+    }
+
+    pub(super) fn audit_myself(&mut self) {
+        if self.own_busy {
+            return;
+        }
+        let Some(id) = self.scheduler.take_own_audit() else { return };
+        let Some(audit) = self.audits.get(&id) else { return };
+        self.own_busy = true;
+        self.figures.own_audits += 1;
+        let ms = (audit.cost as f64 / OWN_SPEED * 1e3) as u64;
+        self.push(self.now_ms + ms.max(1), 0, What::Own(id));
+    }
+
+    pub(super) fn audited(&mut self, id: TaskId, by: Option<usize>) {
+        let Some(audit) = self.audits.remove(&id) else { return };
+        self.scheduler.finish_audit(id);
+        self.figures.audited += audit.cost as f64;
+        let drawn = self.random() < self.policy.audit_the_auditors;
+        let has_time = self.scheduler.own_audits_waiting() < OWN_CHECKS_MAX;
+        if by.is_some() && (audit.is_false || drawn && has_time) {
+            let (of, kind) = (key(audit.of), Kind::Forward);
+            let urgency = if audit.is_false { Urgency::Redo } else { Urgency::Spot };
+            let id = self.scheduler.request_own_audit(of, kind, audit.cost, urgency);
+            self.audits.insert(id, audit);
+            return;
+        }
+        if !audit.is_false {
+            let standing = self.scheduler.standing(key(audit.of));
+            standing.audited += 1;
+            standing.valid_in_a_row += 1;
+            if let Some(task) = audit.holds {
+                self.accept(task);
+            }
+            return;
+        }
+        self.figures.wasted += audit.cost as f64;
+        if let Some(task) = audit.holds {
+            self.scheduler.reopen(task);
+        }
+        self.expel(audit.of);
+    }
+
+    pub(super) fn expel(&mut self, who: usize) {
+        if self.scheduler.is_expelled(&key(who)) {
+            return;
+        }
+        let is_honest = self.volunteers[who].honesty == Honesty::Honest;
+        let count =
+            if is_honest { &mut self.figures.honest_expelled } else { &mut self.figures.expelled };
+        *count += 1;
+        self.leave(who);
+        self.scheduler.expel(key(who), Offence::WrongResult);
+        let own: Vec<TaskId> =
+            self.audits.iter().filter(|(_, a)| a.of == who).map(|(id, _)| *id).collect();
+        for id in own {
+            self.scheduler.finish_audit(id);
+            if let Some(Audit { holds: Some(task), .. }) = self.audits.remove(&id) {
+                self.scheduler.reopen(task);
+            }
+        }
+        for (cost, is_false) in std::mem::take(&mut self.volunteers[who].unaudited) {
+            // Done again at once by the coordination peer or others: all of it is verification.
+            self.figures.audited += cost as f64;
+            self.figures.wasted += if is_false { cost as f64 } else { 0.0 };
+        }
+    }
+}
