@@ -155,7 +155,7 @@ impl Actor {
             tokio::select! {
                 event = events.recv() => {
                     let event = event.context("the network has ended")?;
-                    self.from_network(event).await?;
+                    self.hear(event).await?;
                 }
                 done = self.executed.recv() => {
                     let (audit, receipt) = done.context("the auditor has ended")?;
@@ -194,7 +194,7 @@ impl Actor {
         closed.elapsed() > FAREWELL || volunteers.clone().all(|v| !v.is_present)
     }
 
-    async fn from_network(&mut self, event: NetEvent) -> Result<()> {
+    async fn hear(&mut self, event: NetEvent) -> Result<()> {
         let event = match event {
             NetEvent::Connected { .. } => return Ok(()),
             NetEvent::Disconnected { peer } => Event::Left { peer },

@@ -20,6 +20,9 @@ use crate::store::RunDir;
 /// Key of the seed that chooses audits.
 const AUDIT_SEED: &str = "audit-seed";
 
+/// Files of a checkpoint by name.
+type StateFiles = BTreeMap<String, Vec<u8>>;
+
 /// Everything on disk.
 pub(super) struct Keep {
     pub(super) storage: Arc<Storage>,
@@ -58,7 +61,7 @@ impl Keep {
     }
 
     /// Checkpoints that are whole, newest first.
-    pub(super) fn snapshots(&self) -> Result<Vec<(u64, BTreeMap<String, Vec<u8>>)>> {
+    pub(super) fn snapshots(&self) -> Result<Vec<(u64, StateFiles)>> {
         let mut out = Vec::new();
         for files in self.run_dir.load_files()? {
             let (config, state) = State::load(&files)?;

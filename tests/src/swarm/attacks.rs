@@ -133,7 +133,7 @@ impl World<'_> {
         let audits =
             self.store.blobs.contains_key(&hash) || matches!(unit.work, Work::Check { .. });
         let lie = match attack {
-            Attack::RandomBytes => Some((0..64).map(|_| self.random.next() as u8).collect()),
+            Attack::RandomBytes => Some((0..64).map(|_| self.random.bits() as u8).collect()),
             Attack::Copied => self.newest.get(kind(&unit.work)).cloned(),
             Attack::OtherWeights => {
                 let at = self.random.below(self.history.len() as u64) as usize;
@@ -191,7 +191,7 @@ impl World<'_> {
     pub(super) fn forged(&mut self, i: usize, request: &Request) -> Option<Vec<u8>> {
         match (self.attack(i), request) {
             (Some(Attack::Malformed), _) => {
-                return Some((0..40).map(|_| self.random.next() as u8 | 0x80).collect());
+                return Some((0..40).map(|_| self.random.bits() as u8 | 0x80).collect());
             }
             (Some(Attack::Oversized), Request::Receipt { unit, receipt, .. }) => {
                 let bytes = u64::MAX;
