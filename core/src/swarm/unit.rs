@@ -91,7 +91,7 @@ pub fn encode_output(output: &Output) -> Vec<u8> {
 
 /// Reads a result and checks that it can be that of `work`.
 pub fn decode_output(bytes: &[u8], work: &Work, model: &ModelConfig) -> Result<Output, Malformed> {
-    let config = bincode::config::standard().with_limit::<{ 4 * RESULT_BYTES_MAX }>();
+    let config = bincode::config::standard().with_limit::<{ 2 * RESULT_BYTES_MAX }>();
     let (wire, read): (WireOutput, _) = bincode::serde::decode_from_slice(bytes, config)
         .map_err(|_| Malformed("the bytes are no result"))?;
     if read != bytes.len() {
