@@ -123,7 +123,7 @@ impl<'a> World<'a> {
         let policy = SwarmSection::default();
         let mut world = Self {
             scale,
-            scheduler: Scheduler::new(policy.clone()),
+            scheduler: Scheduler::new(policy.clone(), 0),
             policy,
             queue: BinaryHeap::new(),
             events: 0,
