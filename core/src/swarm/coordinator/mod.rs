@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::chain::Writer;
 use super::ids::{Hash, PeerKey, Signature};
 use super::ledger::{Entry, Offence};
-use super::protocol::{PeerAddress, Request, Response};
+use super::protocol::{PeerAddress, Refusal, Request, Response};
 use super::scheduler::{Kind, Scheduler, TaskId, Urgency};
 use super::status::StatusEvent;
 use super::unit::Unit;
@@ -382,6 +382,12 @@ impl Coordinator {
         }
         self.flush();
         if std::mem::take(&mut self.restarts) {
+            // Sessions end with this coordinator: who waits says hello to the next one.
+            let waiting: Vec<u64> = self.sessions.values().filter_map(|s| s.waiting).collect();
+            for token in waiting {
+                let response = Response::Refused(Refusal::NoSession);
+                self.effects.push(Effect::Reply { token, response });
+            }
             self.effects.push(Effect::Restart);
         }
         std::mem::take(&mut self.effects)
