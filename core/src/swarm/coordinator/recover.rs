@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::versions::Versions;
-use super::{Accepted, Blobs, Coordinator, Files, show};
+use super::{Accepted, Blobs, Coordinator, Effect, Files, show};
 use crate::checkpoint::CheckpointError;
 use crate::conformance::suite::DIGEST;
 use crate::run::config::{RunConfig, RunConfigError};
@@ -204,6 +204,10 @@ impl Coordinator {
             }
         }
         self.sync();
+        if past.closed {
+            // It may not have been told before.
+            self.effect(Effect::Closed(self.pipeline.version().hash().into()));
+        }
     }
 
     /// A unit of the ledger, and whether it was drawn for an audit when it was accepted.
