@@ -10,7 +10,7 @@ MANYHANDS := target/release/manyhands
 .PHONY: help build demo test lint unit wasm aarch64 tint bench clean
 
 help:
-	@echo "make demo   a swarm on this machine trains a tiny model (about 5 minutes after the build)"
+	@echo "make demo   a swarm on this machine trains a tiny model (some minutes after the build)"
 	@echo "make test   every check and test: lints, engines, software Vulkan, wasm, aarch64, Tint"
 	@echo "make bench  measure speed and memory"
 

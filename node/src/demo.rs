@@ -77,9 +77,13 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
         };
         if !args.no_check {
             eprintln!("\nthe same run with one honest volunteer, to compare the weights");
-            let Some(alone) = swarm(&config, &dir.join("alone"), 1, None, args)? else {
+            let other = dir.join("alone");
+            let Some(alone) = swarm(&config, &other, 1, None, args)? else {
                 return Ok(ExitCode::from(130));
             };
+            // Gigabytes of results that nobody will replay.
+            fs::remove_dir_all(&other)
+                .with_context(|| format!("cannot remove {}", other.display()))?;
             let equal = alone["weights"] == summary["weights"];
             summary["alone"] = json!({"weights": alone["weights"], "equal": equal});
         }
