@@ -1,6 +1,6 @@
 //! `manyhands join URL`: a native volunteer.
 //!
-//! The volunteer of `core` decides; this dials, computes in a [`worker`] thread, and listens to the
+//! The volunteer of `core` decides; this dials, computes in a `worker` thread, and listens to the
 //! machine's owner.
 
 pub mod receipts;
