@@ -150,6 +150,7 @@ impl Actor {
         let mut tick = tokio::time::interval(TICK);
         let mut show = tokio::time::interval(SHOW);
         self.adopt_log()?;
+        self.show_log()?;
         self.handle(Event::Tick).await?;
         loop {
             tokio::select! {
@@ -337,7 +338,7 @@ impl Actor {
         self.keep.run_dir.append(LOG, &LogLine::Step { report, seconds, tokens_per_second })
     }
 
-    /// Cuts the log to what the state has behind it, and shows it to whoever comes.
+    /// Cuts the log to what the state has behind it.
     fn adopt_log(&mut self) -> Result<()> {
         let state = self.coordinator.pipeline().state();
         self.keep.run_dir.truncate_log(LOG, |line| {
@@ -348,6 +349,31 @@ impl Actor {
         if ordinal > 0 {
             let phase = phase_name(state.phase);
             self.view.say(&format!("going on at {phase} step {}", state.step));
+        }
+        Ok(())
+    }
+
+    /// Shows what the log knows to whoever comes.
+    fn show_log(&self) -> Result<()> {
+        if !self.keep.run_dir.path(LOG).exists() {
+            return Ok(());
+        }
+        let sft = self.setup.config.sft.as_ref().map_or(0, |s| s.steps);
+        let ordinal = |phase, step| match phase {
+            Phase::Sft => step,
+            Phase::Rl => sft + step,
+            Phase::Done => self.setup.config.steps(),
+        };
+        for line in read_log(&self.keep.run_dir)? {
+            self.feed.publish(&match line {
+                LogLine::Step { report, .. } => {
+                    StatusEvent::Step { ordinal: ordinal(report.phase, report.step), report }
+                }
+                LogLine::Eval { evaluation, .. } => StatusEvent::Evaluation {
+                    ordinal: ordinal(evaluation.phase, evaluation.step),
+                    evaluation,
+                },
+            });
         }
         Ok(())
     }

@@ -189,6 +189,8 @@ impl Coordinator {
                 self.enter_again(sequence, unit, &mut by_path, &mut drawn);
             }
             self.settle(audit.of, audit.unit, audit.auditor, audit.cost);
+            self.figures.audited += 1;
+            self.figures.own_audit += audit.cost;
             drawn.retain(|_, (of, a)| *of != audit.of || a.unit != audit.unit);
         }
         for (sequence, unit) in units {
@@ -221,6 +223,7 @@ impl Coordinator {
         by_path.entry(unit.path).or_default().push((sequence, unit));
         let is_drawn = self.is_drawn(unit.volunteer, &unit.unit, &unit.receipt);
         let accepted = self.enter(unit, Hash([0; 32]), sequence);
+        self.figures.useful += unit.multiply_adds;
         if is_drawn {
             drawn.insert(sequence, (unit.volunteer, accepted));
         }
