@@ -324,7 +324,11 @@ impl Coordinator {
         }
         self.write(Entry::Expelled { volunteer: peer, offence, unit });
         self.expel(peer, offence);
-        self.effect(Effect::Ban(peer));
+        // Whoever only computed wrongly may be an honest owner of a broken machine: requests are
+        // answered with the reason. Others are cut off.
+        if !matches!(offence, Offence::WrongResult | Offence::LeaseHoarding) {
+            self.effect(Effect::Ban(peer));
+        }
         self.announce(StatusEvent::Expelled { peer: peer.to_string(), offence });
     }
 
