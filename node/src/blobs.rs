@@ -129,6 +129,11 @@ impl BlobStore {
         None
     }
 
+    /// Where a whole blob's bytes are. They are not checked: whoever reads them does.
+    pub fn file(&self, hash: &Hash) -> Option<PathBuf> {
+        self.contains(hash).then(|| self.path(hash))
+    }
+
     /// Whether the blob is here, whole.
     pub fn contains(&self, hash: &Hash) -> bool {
         self.state().blobs.contains_key(hash)

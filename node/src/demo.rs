@@ -1,30 +1,23 @@
 //! `manyhands demo`: a swarm of separate processes on this machine trains a tiny model from nothing;
 //! one of the volunteers lies.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
-use std::time::{Duration, Instant};
+use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use manyhands_core::run::config::RunConfig;
 use manyhands_core::run::report::{EvalReport, Phase};
 use serde_json::{Value, json};
 
 use crate::cli::{EngineArgs, program, runs_dir};
-use crate::host::URL_FILE;
-use crate::store::{RunDir, read_bounded, write_atomic};
+use crate::local_swarm::LocalSwarm;
+use crate::store::{RunDir, write_atomic};
 use crate::train::{LogLine, PLOT, parse_run, read_log, train};
 
 /// The run file of the demo.
 pub const RUN: &str = include_str!("../runs/demo.toml");
-/// How long a host may take to say where it is.
-const START: Duration = Duration::from_secs(60);
-/// How long volunteers may take to hear that the run is complete.
-const FAREWELL: Duration = Duration::from_secs(15);
-/// Largest summary that a host writes.
-const SUMMARY_BYTES_MAX: u64 = 64 << 20;
 /// Honest volunteers.
 const HONEST: usize = 3;
 /// What the other one does, in a build that can.
@@ -109,20 +102,7 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Processes that end with the demo.
-struct Processes(Vec<Child>);
-
-impl Drop for Processes {
-    fn drop(&mut self) {
-        for child in &mut self.0 {
-            // It may have ended by itself.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-/// A host and its volunteers as processes on the loopback device. `None`: interrupted.
+/// A host and its volunteers. `None`: interrupted.
 fn swarm(
     config: &RunConfig,
     dir: &Path,
@@ -130,56 +110,16 @@ fn swarm(
     attack: Option<&str>,
     args: &DemoArgs,
 ) -> Result<Option<Value>> {
-    let volunteers = dir.join("volunteers");
-    fs::create_dir_all(&volunteers)
-        .with_context(|| format!("cannot make {}", volunteers.display()))?;
-    let (run, url, summary) = (dir.join("run.toml"), dir.join(URL_FILE), dir.join("summary.json"));
-    write_atomic(&run, toml::to_string(config)?.as_bytes())?;
-    let _ = fs::remove_file(&url);
-    let program = std::env::current_exe().context("cannot find this program")?;
-    let mut host = Command::new(&program);
-    host.arg("host").arg(&run).arg("--dir").arg(dir).arg("--json").arg(&summary);
-    host.args(["--http", "127.0.0.1:0", "--listen", "127.0.0.1"]).stdout(Stdio::null());
-    let mut host = Processes(vec![host.spawn().context("cannot start the host")?]);
-    let started = Instant::now();
-    while !url.exists() {
-        if let Some(status) = host.0[0].try_wait()? {
-            bail!("the host ended at once: {status}");
-        }
-        ensure!(started.elapsed() < START, "the host does not start");
-        std::thread::sleep(Duration::from_millis(50));
+    let mut engine = args.engine.clone();
+    if honest > 1 {
+        // Several volunteers share this machine.
+        engine.threads = 1;
     }
-    let url = fs::read_to_string(&url)?;
-    let mut joined = Processes(Vec::new());
-    for i in 0..honest + attack.map_or(0, |_| 1) {
-        let home = volunteers.join(format!("{}", i + 1));
-        let log = volunteers.join(format!("{}.log", i + 1));
-        let log = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
-        let mut join = Command::new(&program);
-        // Several volunteers share this machine: one thread each.
-        let threads = if honest == 1 { args.engine.threads.to_string() } else { "1".into() };
-        join.arg("join").arg(&url).arg("--dir").arg(home).args(["--threads", &threads]);
-        join.args(["--engine", &args.engine.engine.to_string()]);
-        if i == honest {
-            join.args(["--attack", attack.unwrap_or_default()]);
-        }
-        join.stdout(Stdio::null()).stderr(log);
-        joined.0.push(join.spawn().context("cannot start a volunteer")?);
+    let mut summary = LocalSwarm { honest, attack, engine, shows: true }.run(config, dir)?;
+    if let Some(summary) = &mut summary {
+        explain(summary, attack);
     }
-    let status = host.0[0].wait()?;
-    if status.code() == Some(130) {
-        return Ok(None);
-    }
-    ensure!(status.success(), "the host ended with {status}");
-    let patience = Instant::now();
-    while patience.elapsed() < FAREWELL
-        && joined.0.iter_mut().take(honest).any(|c| matches!(c.try_wait(), Ok(None)))
-    {
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    let mut summary: Value = serde_json::from_slice(&read_bounded(&summary, SUMMARY_BYTES_MAX)?)?;
-    explain(&mut summary, attack);
-    Ok(Some(summary))
+    Ok(summary)
 }
 
 /// Adds to a host's summary what scripts ask for first.

@@ -19,6 +19,7 @@ use manyhands_core::swarm::ids::Hash;
 use manyhands_core::swarm::replay::{Recompute, Replay, Sources, replay};
 
 use crate::engines::thread_count;
+use crate::remote::{Remote, RemoteRecords, is_url};
 use crate::storage::{RECORDS_READ_MAX, STORAGE_FILE, Storage};
 use crate::store::read_bounded;
 
@@ -48,15 +49,17 @@ impl FromStr for Share {
 /// Arguments of `replay`.
 #[derive(Debug, Args)]
 pub struct ReplayArgs {
-    /// A host's directory. The host must not be running.
-    dir: PathBuf,
+    /// A host's directory (the host must not be running), or the address of a host that is.
+    #[arg(value_name = "DIR|URL")]
+    source: String,
     /// Units to compute again, chosen by chance: a number, or `all`.
     #[arg(long, value_name = "N|all", default_value = "16")]
     recompute: Share,
     /// Seed of the choice of units, to repeat one [default: a new one].
     #[arg(long)]
     seed: Option<u64>,
-    /// Directory that the run file's paths of problem files start from.
+    /// Directory that the run file's paths of problem files start from, where the host has no
+    /// copy of them.
     #[arg(long, value_name = "DIR", default_value = ".")]
     files: PathBuf,
     /// Threads; 0 takes all cores.
@@ -69,11 +72,35 @@ pub struct ReplayArgs {
 
 /// Runs `replay`.
 pub fn run(args: &ReplayArgs) -> Result<ExitCode> {
-    let storage = open_ledger(&args.dir)?;
     let seed = match args.seed {
         Some(seed) => seed,
         None => getrandom::u64().map_err(std::io::Error::from)?,
     };
+    let found = if is_url(&args.source) {
+        let remote = Remote::new(&args.source)?;
+        let mut records = RemoteRecords::new(&remote);
+        let found = derive(args, seed, &mut records, &remote);
+        records.error.map_or(Ok(()), Err).context("cannot read the ledger")?;
+        found?
+    } else {
+        let dir = Path::new(&args.source);
+        let storage = open_ledger(dir)?;
+        let blobs = HostBlobs { storage: &storage, dir: dir.join("blobs") };
+        let mut records = Records::new(&storage);
+        let found = derive(args, seed, &mut records, &blobs);
+        records.error.map_or(Ok(()), Err).context("cannot read the ledger")?;
+        found?
+    };
+    show(&found, seed, args.json)?;
+    Ok(if found.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn derive(
+    args: &ReplayArgs,
+    seed: u64,
+    records: &mut dyn Iterator<Item = Vec<u8>>,
+    blobs: &dyn Blobs,
+) -> Result<Replay> {
     let recompute = match args.recompute {
         Share::Count(count) => Recompute::Some { count, seed },
         Share::All => Recompute::All,
@@ -82,7 +109,7 @@ pub fn run(args: &ReplayArgs) -> Result<ExitCode> {
     let mut machine = Machine { threads: args.threads, engine: None, decoders: Vec::new() };
     let sources = Sources {
         files: &mut |path| read_text(&args.files.join(path)).map_err(|e| format!("{e:#}")),
-        blobs: &HostBlobs { storage: &storage, dir: args.dir.join("blobs") },
+        blobs,
         recompute,
         execute: &mut |version, work| machine.execute(version, work),
         progress: &mut |done, all| {
@@ -90,15 +117,9 @@ pub fn run(args: &ReplayArgs) -> Result<ExitCode> {
             bar.set_position(done);
         },
     };
-    let mut records = Records { storage: &storage, next: 0, page: Vec::new(), error: None };
-    let found = replay(&mut records, sources);
+    let found = replay(records, sources);
     bar.finish_and_clear();
-    if let Some(error) = records.error {
-        return Err(error.context("cannot read the ledger"));
-    }
-    let found = found?;
-    show(&found, seed, args.json)?;
-    Ok(if found.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(found?)
 }
 
 fn show(found: &Replay, seed: u64, json: bool) -> Result<()> {
@@ -139,12 +160,19 @@ fn read_text(path: &Path) -> Result<String> {
 
 /// All records of a ledger, page by page.
 pub(crate) struct Records<'a> {
-    pub(crate) storage: &'a Storage,
-    pub(crate) next: u64,
+    storage: &'a Storage,
+    next: u64,
     /// Last first.
-    pub(crate) page: Vec<Vec<u8>>,
+    page: Vec<Vec<u8>>,
     /// Why the records end before their end.
     pub(crate) error: Option<Error>,
+}
+
+impl<'a> Records<'a> {
+    /// From the first record on.
+    pub(crate) fn new(storage: &'a Storage) -> Self {
+        Self { storage, next: 0, page: Vec::new(), error: None }
+    }
 }
 
 impl Iterator for Records<'_> {

@@ -12,7 +12,7 @@ use anyhow::{Context, Error, Result, bail, ensure};
 use manyhands_core::swarm::ids::Hash;
 use redb::{
     Builder, Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageBackend,
-    TableDefinition,
+    TableDefinition, WriteTransaction,
 };
 
 /// Name of the file in the directory of a coordination peer.
@@ -38,6 +38,8 @@ const RECORDS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("records")
 const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 const BLOBS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("blobs");
+/// Setting that counts the bytes of all blobs.
+const BLOB_BYTES: &str = "blob-bytes";
 
 /// The storage of one coordination peer. One process at a time has it open.
 #[derive(Debug)]
@@ -111,10 +113,14 @@ impl Storage {
         let expected = self.in_context(|| {
             let write = self.database.begin_write()?;
             let mut table = write.open_table(BLOBS)?;
+            let mut added = 0;
             for (hash, bytes) in blobs {
-                table.insert(hash.0.as_slice(), bytes.as_slice())?;
+                if table.insert(hash.0.as_slice(), bytes.as_slice())?.is_none() {
+                    added += bytes.len() as u64;
+                }
             }
             drop(table);
+            count_blobs(&write, |bytes| bytes + added)?;
             let mut table = write.open_table(RECORDS)?;
             let first = table.len()?;
             for ((sequence, bytes), expected) in records.iter().zip(first..) {
@@ -139,6 +145,30 @@ impl Storage {
         self.in_context(|| {
             let table = self.database.begin_read()?.open_table(BLOBS)?;
             Ok(table.get(hash.0.as_slice())?.map(|value| value.value().to_vec()))
+        })
+    }
+
+    /// Bytes of all blobs.
+    pub fn blob_bytes(&self) -> Result<u64> {
+        let bytes = self.meta(BLOB_BYTES)?;
+        Ok(bytes.map_or(0, |b| read_count(&b)))
+    }
+
+    /// Forgets blobs, and keeps a setting in the same transaction.
+    pub fn remove_blobs(&self, hashes: &[Hash], key: &str, value: &[u8]) -> Result<()> {
+        self.in_context(|| {
+            let write = self.database.begin_write()?;
+            let mut table = write.open_table(BLOBS)?;
+            let mut removed = 0;
+            for hash in hashes {
+                if let Some(bytes) = table.remove(hash.0.as_slice())? {
+                    removed += bytes.value().len() as u64;
+                }
+            }
+            drop(table);
+            count_blobs(&write, |bytes| bytes.saturating_sub(removed))?;
+            write.open_table(META)?.insert(key, value)?;
+            Ok(write.commit()?)
         })
     }
 
@@ -237,6 +267,21 @@ impl Storage {
             Ok(table.get(name)?.map(|value| value.value().to_vec()))
         })
     }
+}
+
+/// Changes the count of the bytes of all blobs.
+fn count_blobs(
+    write: &WriteTransaction,
+    change: impl FnOnce(u64) -> u64,
+) -> Result<(), redb::Error> {
+    let mut table = write.open_table(META)?;
+    let before = table.get(BLOB_BYTES)?.map_or(0, |b| read_count(b.value()));
+    table.insert(BLOB_BYTES, change(before).to_le_bytes().as_slice())?;
+    Ok(())
+}
+
+fn read_count(bytes: &[u8]) -> u64 {
+    bytes.try_into().map_or(0, u64::from_le_bytes)
 }
 
 /// Tables from names to bytes.

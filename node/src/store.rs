@@ -61,6 +61,7 @@ fn sync_dir(path: &Path) -> Result<()> {
 }
 
 /// The directory of one run.
+#[derive(Clone, Debug)]
 pub struct RunDir {
     root: PathBuf,
 }
@@ -159,6 +160,13 @@ impl RunDir {
                 .with_context(|| format!("cannot remove {}", path.display()))?;
         }
         Ok(())
+    }
+
+    /// The number of the oldest checkpoint.
+    pub fn oldest(&self) -> Result<Option<u64>> {
+        let all = self.list()?;
+        let name = all.first().and_then(|path| path.file_name()?.to_str()?.strip_prefix("step-"));
+        Ok(name.and_then(|digits| digits.parse().ok()))
     }
 
     fn checkpoint_dir(&self, ordinal: u64) -> PathBuf {

@@ -113,10 +113,10 @@ fn replay_swapped_entries_are_named() {
     assert_eq!(check(&ledger, &blobs, NONE).first_wrong.unwrap().0, middle as u64);
 }
 
-/// Blobs are checked against their receipts: each one that stands is needed.
+/// Blobs are checked against their receipts; what a host dropped is what the unit computes.
 #[test]
-fn replay_changed_or_missing_blob_is_named() {
-    let (ledger, blobs, _) = completed();
+fn replay_changed_blob_is_named_and_a_lost_one_computed_again() {
+    let (ledger, blobs, weights) = completed();
     // Different units may have the same result.
     let mut first = BTreeMap::new();
     for (i, entry) in entries(&ledger).into_iter().enumerate() {
@@ -131,8 +131,13 @@ fn replay_changed_or_missing_blob_is_named() {
         blob[at] ^= 4;
         assert_eq!(check(&ledger, &changed, NONE).first_wrong.unwrap().0, sequence);
         changed.remove(&receipt);
-        assert_eq!(check(&ledger, &changed, NONE).first_wrong.unwrap().0, sequence);
+        let found = check(&ledger, &changed, NONE);
+        assert!(found.ok && found.recomputed > 0, "{:?}", found.first_wrong);
     }
+    let found = check(&ledger, &Blobs::new(), Recompute::Some { count: 7, seed: 0 });
+    let units = entries(&ledger).iter().filter(|e| matches!(e, Entry::Unit(_))).count();
+    assert_eq!((found.ok, found.weights), (true, Some(weights)), "{:?}", found.first_wrong);
+    assert_eq!(found.recomputed, units as u64);
 }
 
 /// Signatures prove who wrote, not that it is true: each claim of a dishonest coordination peer

@@ -153,6 +153,28 @@ pub enum Entry {
     },
 }
 
+impl Entry {
+    /// Blobs that make weights: what volunteers ask for.
+    pub fn weight_blobs(&self) -> Vec<Hash> {
+        match self {
+            Self::Open { full, .. } => vec![*full],
+            Self::Version { delta, full, .. } => std::iter::once(*delta).chain(*full).collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Every blob that the entry names: what whoever goes on with the run needs.
+    pub fn blobs(&self) -> Vec<Hash> {
+        match self {
+            Self::Unit(unit) => vec![unit.unit, unit.receipt],
+            Self::Open { files, full, .. } => {
+                files.iter().map(|(_, hash)| *hash).chain([*full]).collect()
+            }
+            _ => self.weight_blobs(),
+        }
+    }
+}
+
 /// An entry in the chain.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {

@@ -99,20 +99,38 @@ pub(super) fn is_missing(pipeline: &Pipeline, entry: &UnitEntry) -> bool {
     pipeline.job(entry.path).is_some_and(|job| items.all(|i| job.is_missing(i)))
 }
 
-/// The output of an entry's unit, from its blob; or what is wrong with the blob.
+/// Why there is no output of an entry's unit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum NoOutput {
+    /// Its blob is not here: it can be computed again.
+    Lost,
+    /// Its blob is not what the entry says.
+    Wrong(String),
+}
+
+/// The output of an entry's unit, from its blob.
 pub(super) fn output_of(
     pipeline: &Pipeline,
     entry: &UnitEntry,
     unit: &Unit,
     blobs: &dyn Blobs,
+) -> Result<Output, NoOutput> {
+    let bytes = blobs.get(&entry.receipt).ok_or(NoOutput::Lost)?;
+    read_output(pipeline, entry, unit, &bytes).map_err(NoOutput::Wrong)
+}
+
+/// The output of an entry's unit, from these bytes; or what is wrong with them.
+pub(super) fn read_output(
+    pipeline: &Pipeline,
+    entry: &UnitEntry,
+    unit: &Unit,
+    bytes: &[u8],
 ) -> Result<Output, String> {
-    let bytes = blobs.get(&entry.receipt);
-    let bytes = bytes.ok_or_else(|| format!("the blob {} is missing", entry.receipt))?;
-    if Hash::of(&bytes) != entry.receipt {
+    if Hash::of(bytes) != entry.receipt {
         return Err(format!("the blob {} has other bytes", entry.receipt));
     }
     if bytes.len() as u64 != entry.result_bytes {
         return Err(format!("the result has {} bytes, not as it says", bytes.len()));
     }
-    decode_output(&bytes, &unit.work, pipeline.model()).map_err(|e| e.to_string())
+    decode_output(bytes, &unit.work, pipeline.model()).map_err(|e| e.to_string())
 }

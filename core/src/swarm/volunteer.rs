@@ -22,6 +22,9 @@ const RETRY_MS_MIN: u64 = 500;
 /// Longest pause before another attempt to connect.
 const RETRY_MS_MAX: u64 = 30_000;
 
+/// Pause between two questions for who coordinates and who follows.
+const PEERS_EVERY_MS: u64 = 60_000;
+
 /// Something that happened outside.
 #[derive(Debug)]
 pub enum Event {
@@ -162,6 +165,7 @@ pub struct Volunteer {
     take_ms: u64,
     beat_ms: u64,
     beat_every_ms: u64,
+    peers_ms: u64,
     paused: bool,
     stopped: bool,
     now_ms: u64,
@@ -195,6 +199,7 @@ impl Volunteer {
             take_ms: 0,
             beat_ms: 0,
             beat_every_ms: 5_000,
+            peers_ms: 0,
             paused: false,
             stopped: false,
             now_ms: 0,
@@ -320,6 +325,7 @@ impl Volunteer {
                 }
                 self.held.retain(|h| h.wanted || h.stage == Stage::Computing);
             }
+            (Request::Peers, Response::Peers(peers)) => self.meet(peers),
             (Request::Receipt { unit, .. }, Response::Upload) => {
                 if let Some(h) = self.held.iter_mut().find(|h| h.is_computed(unit)) {
                     let stage = std::mem::replace(&mut h.stage, Stage::Uploading);
@@ -372,10 +378,18 @@ impl Volunteer {
         self.link = Link::Up { session: true };
         self.beat_every_ms = u64::from(welcome.beat_ms.max(100));
         self.beat_ms = self.now_ms + self.beat_every_ms;
-        if !welcome.peers.is_empty() {
-            self.peers = welcome.peers;
-            self.peer_index = 0;
+        self.meet(welcome.peers);
+    }
+
+    /// Learns who coordinates and who follows, and goes on from where it is.
+    fn meet(&mut self, peers: Vec<PeerAddress>) {
+        self.peers_ms = self.now_ms + PEERS_EVERY_MS;
+        if peers.is_empty() {
+            return;
         }
+        let here = self.peers.get(self.peer_index % self.peers.len().max(1)).map(|p| p.peer);
+        self.peer_index = peers.iter().position(|p| Some(p.peer) == here).unwrap_or(0);
+        self.peers = peers;
     }
 
     fn hear(&mut self, accepted: Vec<(Hash, u64)>) {
@@ -474,6 +488,9 @@ impl Volunteer {
             self.beat_ms = self.now_ms + self.beat_every_ms;
             let units = self.held.iter().map(|h| h.hash).collect();
             return Some(Request::Beat { units });
+        }
+        if self.now_ms >= self.peers_ms {
+            return Some(Request::Peers);
         }
         let room = self.held.len() < LEASES_A_VOLUNTEER_MAX;
         (room && !self.paused && self.now_ms >= self.take_ms).then_some(Request::Take)

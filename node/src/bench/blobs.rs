@@ -78,12 +78,13 @@ pub(super) fn run(table: &mut Table, threads: usize, rounds: usize) -> Result<()
 }
 
 /// A directory for the stores, in memory where the system has such; removed when dropped.
-struct Scratch {
-    path: PathBuf,
+/// A directory in memory where there is one, that goes with the bench.
+pub(super) struct Scratch {
+    pub(super) path: PathBuf,
 }
 
 impl Scratch {
-    fn new() -> Result<Self> {
+    pub(super) fn new() -> Result<Self> {
         let memory = Path::new("/dev/shm");
         let parent = if memory.is_dir() { memory.into() } else { std::env::temp_dir() };
         let path = parent.join(format!("manyhands-bench-{}", std::process::id()));

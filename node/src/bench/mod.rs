@@ -7,6 +7,7 @@ mod blobs;
 mod memory;
 mod peers;
 mod products;
+mod swarm;
 mod training;
 
 use std::path::PathBuf;
@@ -34,6 +35,8 @@ enum Section {
     Memory,
     /// Blobs on loopback, by each transport of the network, against plain TCP.
     Blobs,
+    /// A host and volunteers on this machine, against one process.
+    Swarm,
 }
 
 /// Arguments of `bench`.
@@ -140,6 +143,9 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     }
     if wanted(Section::Blobs) {
         blobs::run(&mut table, all, args.rounds)?;
+    }
+    if wanted(Section::Swarm) {
+        swarm::run(&mut table, all)?;
     }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&table.rows)?);

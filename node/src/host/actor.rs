@@ -9,24 +9,24 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 use manyhands_core::run::config::RunConfig;
 use manyhands_core::run::problems::Problems;
-use manyhands_core::run::report::{Phase, StepReport};
 use manyhands_core::swarm::coordinator::{
     Arrival, Blobs, Coordinator, Effect, Event, Execution, Start,
 };
 use manyhands_core::swarm::ids::{Hash, Secret};
-use manyhands_core::swarm::protocol::{PROTOCOL, PeerAddress, Request, Response};
+use manyhands_core::swarm::protocol::{PeerAddress, Request, Response};
 use manyhands_core::swarm::scheduler::TaskId;
-use manyhands_core::swarm::status::{Status, StatusEvent};
-use tokio::sync::{mpsc, watch};
+use manyhands_core::swarm::status::Status;
+use tokio::sync::mpsc;
 
 use super::keep::Keep;
-use super::{EVENTS_MAX, Manifest, auditor};
-use crate::http::{AdminAction, AdminCommand, Feed};
+use super::serve::Shown;
+use super::teller::Teller;
+use super::{EVENTS_MAX, INTERRUPTED, auditor};
+use crate::http::{AdminAction, AdminCommand};
 use crate::net::{Net, NetEvent, ReplyTo, ResultFault};
 use crate::plot;
 use crate::store::write_atomic;
-use crate::train::{LOG, LogLine, PLOT, Summary, read_log, summary};
-use crate::view::{View, eval_line, phase_name};
+use crate::train::{PLOT, Summary, read_log, summary};
 
 /// Between two looks at the clock.
 const TICK: Duration = Duration::from_millis(200);
@@ -34,10 +34,6 @@ const TICK: Duration = Duration::from_millis(200);
 const SHOW: Duration = Duration::from_millis(500);
 /// How long a complete run waits for its volunteers to hear of it.
 const FAREWELL: Duration = Duration::from_secs(4);
-/// Exit code after Ctrl-C, as shells expect it.
-const INTERRUPTED: u8 = 130;
-/// Bytes of ledger in one answer.
-const PAGE_BYTES_MAX: usize = 4 << 20;
 
 /// What a host is made of.
 pub(super) struct Setup {
@@ -51,6 +47,9 @@ pub(super) struct Setup {
     pub(super) threads: usize,
     pub(super) once: bool,
     pub(super) json: Option<PathBuf>,
+    pub(super) promote: bool,
+    /// Bytes of blobs from which on old results are dropped.
+    pub(super) disk_bytes: u64,
 }
 
 /// The complete run, for scripts. Field names are a stable interface.
@@ -75,12 +74,10 @@ pub(super) struct Actor {
     executed: mpsc::Receiver<(TaskId, Result<Hash>)>,
     replies: BTreeMap<u64, ReplyTo>,
     next_token: u64,
-    status: watch::Sender<Arc<Status>>,
-    feed: Arc<Feed>,
-    view: View,
-    phase: Option<Phase>,
+    shown: Shown,
+    shown_peers: Vec<PeerAddress>,
+    tell: Teller,
     started: Instant,
-    last_step: Instant,
     closed: Option<Instant>,
 }
 
@@ -89,8 +86,8 @@ impl Actor {
         setup: Setup,
         keep: Keep,
         net: Net,
-        status: watch::Sender<Arc<Status>>,
-        feed: Arc<Feed>,
+        shown: Shown,
+        tell: Teller,
     ) -> Result<Self> {
         let started = Instant::now();
         let coordinator = recover(&setup, &keep, started)?;
@@ -114,12 +111,10 @@ impl Actor {
             executed,
             replies: BTreeMap::new(),
             next_token: 0,
-            status,
-            feed,
-            view: View::new(),
-            phase: None,
+            shown,
+            shown_peers: Vec::new(),
+            tell,
             started,
-            last_step: started,
             closed: None,
         })
     }
@@ -128,13 +123,25 @@ impl Actor {
         self.coordinator.run()
     }
 
-    pub(super) fn manifest(&self) -> Manifest {
-        Manifest {
-            run: self.coordinator.run(),
-            name: self.setup.config.name.clone(),
-            protocol: PROTOCOL,
-            peers: vec![self.setup.own.clone()],
+    /// Drops old results where the disk that they may take is used up.
+    fn prune(&mut self) -> Result<()> {
+        if self.keep.is_full(self.setup.disk_bytes)?
+            && let Some(ordinal) = self.keep.prune(self.coordinator.final_ordinal())?
+        {
+            self.coordinator.forget(ordinal);
         }
+        Ok(())
+    }
+
+    /// Tells who coordinates and who follows, where that has changed, and remembers it.
+    fn show_peers(&mut self) -> Result<()> {
+        let peers = self.coordinator.peers();
+        if self.shown_peers == peers {
+            return Ok(());
+        }
+        self.keep.set_peers(peers)?;
+        self.shown_peers = peers.to_vec();
+        self.shown.join(self.coordinator.run(), &self.setup.config.name, peers)
     }
 
     fn now_ms(&self) -> u64 {
@@ -149,8 +156,8 @@ impl Actor {
     ) -> Result<ExitCode> {
         let mut tick = tokio::time::interval(TICK);
         let mut show = tokio::time::interval(SHOW);
-        self.adopt_log()?;
-        self.show_log()?;
+        self.tell.adopt_log(self.coordinator.pipeline().state())?;
+        self.tell.show_log()?;
         self.handle(Event::Tick).await?;
         loop {
             tokio::select! {
@@ -177,14 +184,17 @@ impl Actor {
                         return self.finish();
                     }
                 }
-                _ = show.tick() => self.show(),
+                _ = show.tick() => {
+                    self.show()?;
+                    self.prune()?;
+                }
                 _ = tokio::signal::ctrl_c() => return self.stop("interrupted"),
             }
         }
     }
 
     fn stop(&mut self, why: &str) -> Result<ExitCode> {
-        self.view.finish();
+        self.tell.finish();
         eprintln!("{why}; everything accepted is saved, start again to go on");
         Ok(ExitCode::from(INTERRUPTED))
     }
@@ -245,14 +255,7 @@ impl Actor {
             Effect::DropSnapshots { after } => self.keep.run_dir.remove_after(after)?,
             Effect::Reply { token, response } => self.reply(token, &response),
             Effect::ReplyRecords { token, from, limit } => {
-                let mut page = self.keep.storage.records(from, limit as usize)?;
-                let mut bytes = 0;
-                let fits = page.iter().take_while(|r| {
-                    bytes += r.len();
-                    bytes <= PAGE_BYTES_MAX
-                });
-                let count = fits.count().max(1);
-                page.truncate(count);
+                let page = self.keep.page(from, limit)?;
                 self.reply(token, &Response::Records(page));
             }
             Effect::Expect { peer, unit, receipt, bytes } => {
@@ -264,20 +267,20 @@ impl Actor {
             Effect::Execute(execution) => {
                 self.auditor.send(execution).ok().context("the auditor has ended")?;
             }
-            Effect::Announce(event) => self.announce(*event)?,
+            Effect::Announce(event) => self.tell.announce(&event)?,
             Effect::Restart => {
                 self.coordinator = recover(&self.setup, &self.keep, self.started)?;
-                self.adopt_log()?;
+                self.tell.adopt_log(self.coordinator.pipeline().state())?;
             }
             Effect::Closed(weights) => {
                 self.closed = Some(Instant::now());
-                self.view.say(&format!("the run is complete: weights {weights}"));
+                self.tell.say(&format!("the run is complete: weights {weights}"));
                 if !self.setup.once {
-                    self.view.say("serving it until Ctrl-C");
+                    self.tell.say("serving it until Ctrl-C");
                 }
             }
             Effect::Failed(error) => {
-                self.view.finish();
+                self.tell.finish();
                 bail!("the run cannot go on: {error}");
             }
         }
@@ -292,93 +295,7 @@ impl Actor {
         }
     }
 
-    fn announce(&mut self, event: StatusEvent) -> Result<()> {
-        match &event {
-            StatusEvent::Step { report, .. } => self.step(report)?,
-            StatusEvent::Evaluation { evaluation, .. } => {
-                self.view.say(&eval_line(&evaluation.report));
-                let line = LogLine::Eval { evaluation: evaluation.clone(), seconds: 0.0 };
-                self.keep.run_dir.append(LOG, &line)?;
-            }
-            StatusEvent::Joined { peer, agent } => {
-                self.view.say(&format!("volunteer {} joined ({agent})", short(peer)));
-            }
-            StatusEvent::Left { peer } => {
-                self.view.say(&format!("volunteer {} left", short(peer)));
-            }
-            StatusEvent::Expelled { peer, offence } => {
-                self.view.say(&format!("volunteer {} expelled: {offence:?}", short(peer)));
-            }
-            StatusEvent::RolledBack { ordinal } => {
-                self.view
-                    .say(&format!("false work had entered: back to the version of step {ordinal}"));
-            }
-            StatusEvent::Warning { text } => self.view.say(&format!("warning: {text}")),
-            StatusEvent::Version { .. } | StatusEvent::Final { .. } | StatusEvent::State { .. } => {
-            }
-        }
-        self.feed.publish(&event);
-        Ok(())
-    }
-
-    fn step(&mut self, report: &StepReport) -> Result<()> {
-        let steps = match report.phase {
-            Phase::Sft => self.setup.config.sft.as_ref().map_or(0, |s| s.steps),
-            _ => self.setup.config.rl.as_ref().map_or(0, |s| s.steps),
-        };
-        if self.phase != Some(report.phase) {
-            self.view.phase(report.phase, report.step - 1, steps);
-            self.phase = Some(report.phase);
-        }
-        let tokens = (report.trained_tokens + report.sampled_tokens) as f64;
-        let tokens_per_second = tokens / self.last_step.elapsed().as_secs_f64().max(1e-3);
-        self.last_step = Instant::now();
-        self.view.step(report, steps, tokens_per_second);
-        let (report, seconds) = (Box::new(report.clone()), BTreeMap::new());
-        self.keep.run_dir.append(LOG, &LogLine::Step { report, seconds, tokens_per_second })
-    }
-
-    /// Cuts the log to what the state has behind it.
-    fn adopt_log(&mut self) -> Result<()> {
-        let state = self.coordinator.pipeline().state();
-        self.keep.run_dir.truncate_log(LOG, |line| {
-            let line: Option<LogLine> = serde_json::from_value(line.clone()).ok();
-            line.is_some_and(|line| line.precedes(state))
-        })?;
-        let ordinal = self.coordinator.pipeline().ordinal();
-        if ordinal > 0 {
-            let phase = phase_name(state.phase);
-            self.view.say(&format!("going on at {phase} step {}", state.step));
-        }
-        Ok(())
-    }
-
-    /// Shows what the log knows to whoever comes.
-    fn show_log(&self) -> Result<()> {
-        if !self.keep.run_dir.path(LOG).exists() {
-            return Ok(());
-        }
-        let sft = self.setup.config.sft.as_ref().map_or(0, |s| s.steps);
-        let ordinal = |phase, step| match phase {
-            Phase::Sft => step,
-            Phase::Rl => sft + step,
-            Phase::Done => self.setup.config.steps(),
-        };
-        for line in read_log(&self.keep.run_dir)? {
-            self.feed.publish(&match line {
-                LogLine::Step { report, .. } => {
-                    StatusEvent::Step { ordinal: ordinal(report.phase, report.step), report }
-                }
-                LogLine::Eval { evaluation, .. } => StatusEvent::Evaluation {
-                    ordinal: ordinal(evaluation.phase, evaluation.step),
-                    evaluation,
-                },
-            });
-        }
-        Ok(())
-    }
-
-    fn show(&mut self) {
+    pub(super) fn show(&mut self) -> Result<()> {
         let mut status = self.coordinator.status(self.now_ms());
         let traffic = self.net.traffic();
         status.join = self.setup.url.clone();
@@ -392,31 +309,29 @@ impl Actor {
         ] {
             status.bytes.insert(name.into(), bytes);
         }
-        self.status.send_replace(Arc::new(status));
+        self.shown.status.send_replace(Arc::new(status));
+        self.show_peers()?;
+        Ok(())
     }
 
     fn finish(&mut self) -> Result<ExitCode> {
-        self.view.finish();
+        self.tell.finish();
         let weights = self.coordinator.pipeline().version().hash();
         let lines = read_log(&self.keep.run_dir)?;
         plot::write(&self.keep.run_dir.path(PLOT), &lines)?;
         println!("weights {}", weights.to_hex());
-        self.show();
+        self.show()?;
         if let Some(path) = &self.setup.json {
             let summary = HostSummary {
                 summary: summary(&lines, weights),
                 run: self.coordinator.run().to_string(),
                 seconds: self.started.elapsed().as_secs_f64(),
-                status: self.status.borrow().as_ref().clone(),
+                status: self.shown.status.borrow().as_ref().clone(),
             };
             write_atomic(path, &serde_json::to_vec_pretty(&summary)?)?;
         }
         Ok(ExitCode::SUCCESS)
     }
-}
-
-fn short(peer: &str) -> &str {
-    peer.get(..8).unwrap_or(peer)
 }
 
 fn recover(setup: &Setup, keep: &Keep, started: Instant) -> Result<Coordinator> {
@@ -430,7 +345,8 @@ fn recover(setup: &Setup, keep: &Keep, started: Instant) -> Result<Coordinator> 
         token: setup.token.clone(),
         ledger: &mut keep.ledger(),
         snapshots: keep.snapshots()?,
-        promote: false,
+        promote: setup.promote,
+        forgotten: keep.forgotten()?,
         now_ms: started.elapsed().as_millis() as u64,
         wall_ms: wall.as_millis() as u64,
     };

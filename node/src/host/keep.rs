@@ -12,6 +12,8 @@ use manyhands_core::swarm::chain;
 use manyhands_core::swarm::coordinator::Blobs;
 use manyhands_core::swarm::ids::Hash;
 use manyhands_core::swarm::ledger::Entry;
+use manyhands_core::swarm::protocol::PeerAddress;
+use manyhands_core::swarm::recovery::Snapshots;
 
 use crate::blobs::BlobStore;
 use crate::storage::{RECORDS_READ_MAX, Storage, VALUE_BYTES_MAX};
@@ -19,9 +21,15 @@ use crate::store::RunDir;
 
 /// Key of the seed that chooses audits.
 const AUDIT_SEED: &str = "audit-seed";
+/// Key of who coordinates and who follows, as JSON.
+const PEERS: &str = "peers";
+/// Key of the steps whose results are dropped, and of the first record that was not looked at.
+const FORGOTTEN: &str = "forgotten";
+/// Records that are looked at in one go for results to drop.
+const PRUNED_RECORDS_MAX: usize = 512;
+/// Bytes of ledger in one answer.
+const PAGE_BYTES_MAX: usize = 4 << 20;
 
-/// Files of a checkpoint by name.
-type StateFiles = BTreeMap<String, Vec<u8>>;
 
 /// Everything on disk.
 pub(super) struct Keep {
@@ -48,6 +56,73 @@ impl Keep {
         Ok(seed)
     }
 
+    /// Who coordinates and who follows, as of the last time.
+    pub(super) fn peers(&self) -> Result<Vec<PeerAddress>> {
+        let bytes = self.storage.meta(PEERS)?;
+        Ok(bytes.and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default())
+    }
+
+    pub(super) fn set_peers(&self, peers: &[PeerAddress]) -> Result<()> {
+        self.storage.set_meta(PEERS, &serde_json::to_vec(peers)?)
+    }
+
+    /// Records that fit one answer.
+    pub(super) fn page(&self, from: u64, limit: u32) -> Result<Vec<Vec<u8>>> {
+        let mut page = self.storage.records(from, limit as usize)?;
+        let mut bytes = 0;
+        let fits = page.iter().take_while(|r| {
+            bytes += r.len();
+            bytes <= PAGE_BYTES_MAX
+        });
+        let count = fits.count().max(1);
+        page.truncate(count);
+        Ok(page)
+    }
+
+    /// Steps before this one have no results any more, and the record to look at next.
+    fn pruned(&self) -> Result<(u64, u64)> {
+        let bytes = self.storage.meta(FORGOTTEN)?;
+        Ok(bytes.and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default())
+    }
+
+    /// Steps before this one have no results any more.
+    pub(super) fn forgotten(&self) -> Result<u64> {
+        Ok(self.pruned()?.0)
+    }
+
+    /// Whether more than `bytes_max` bytes of blobs are kept.
+    pub(super) fn is_full(&self, bytes_max: u64) -> Result<bool> {
+        Ok(self.storage.blob_bytes()? + self.served.total_bytes() > bytes_max)
+    }
+
+    /// Drops some of the oldest results of steps that are final and lie behind every state that is
+    /// kept. Steps before the one that is returned have none any more, if any went.
+    pub(super) fn prune(&self, final_ordinal: u64) -> Result<Option<u64>> {
+        let ordinal = final_ordinal.min(self.run_dir.oldest()?.unwrap_or(0));
+        let (mut forgotten, mut next) = self.pruned()?;
+        let mut dropped = Vec::new();
+        for bytes in self.storage.records(next, PRUNED_RECORDS_MAX)? {
+            let record = chain::decode(&bytes)?;
+            if let Entry::Unit(unit) = record.entry {
+                if unit.path.ordinal >= ordinal {
+                    break;
+                }
+                dropped.extend([unit.unit, unit.receipt]);
+                forgotten = forgotten.max(unit.path.ordinal + 1);
+            }
+            next = record.sequence + 1;
+        }
+        if dropped.is_empty() {
+            return Ok(None);
+        }
+        let mark = serde_json::to_vec(&(forgotten, next))?;
+        self.storage.remove_blobs(&dropped, FORGOTTEN, &mark)?;
+        for hash in &dropped {
+            self.served.remove(hash)?;
+        }
+        Ok(Some(forgotten))
+    }
+
     /// All records, page by page.
     pub(super) fn ledger(&self) -> impl Iterator<Item = Vec<u8>> {
         let storage = self.storage.clone();
@@ -61,7 +136,7 @@ impl Keep {
     }
 
     /// Checkpoints that are whole, newest first.
-    pub(super) fn snapshots(&self) -> Result<Vec<(u64, StateFiles)>> {
+    pub(super) fn snapshots(&self) -> Result<Snapshots> {
         let mut out = Vec::new();
         for files in self.run_dir.load_files()? {
             let (config, state) = State::load(&files)?;
@@ -75,18 +150,34 @@ impl Keep {
         mut blobs: Vec<(Hash, Vec<u8>)>,
         records: Vec<Vec<u8>>,
     ) -> Result<()> {
-        let served = records.iter().filter_map(|bytes| chain::decode(bytes).ok());
-        let served: Vec<Hash> = served.flat_map(|record| published(&record.entry)).collect();
-        for (hash, bytes) in &blobs {
+        let decoded = records.iter().filter_map(|bytes| chain::decode(bytes).ok());
+        let served: Vec<Hash> = decoded.flat_map(|record| record.entry.weight_blobs()).collect();
+        self.put_files(&mut blobs, &served)?;
+        let count = records.len() as u64;
+        let numbered: Vec<(u64, Vec<u8>)> = (self.next..).zip(records).collect();
+        self.storage.persist(&blobs, &numbered)?;
+        self.next += count;
+        Ok(())
+    }
+
+    /// Keeps blobs whose record is not checked yet.
+    pub(super) fn keep_blobs(
+        &self,
+        mut blobs: Vec<(Hash, Vec<u8>)>,
+        served: &[Hash],
+    ) -> Result<()> {
+        self.put_files(&mut blobs, served)?;
+        self.storage.persist(&blobs, &[])
+    }
+
+    /// Blobs that volunteers will ask for, and large ones, become files; the others remain.
+    fn put_files(&self, blobs: &mut Vec<(Hash, Vec<u8>)>, served: &[Hash]) -> Result<()> {
+        for (hash, bytes) in blobs.iter() {
             if served.contains(hash) || bytes.len() > VALUE_BYTES_MAX {
                 self.served.put(bytes)?;
             }
         }
         blobs.retain(|(_, bytes)| bytes.len() <= VALUE_BYTES_MAX);
-        let count = records.len() as u64;
-        let numbered: Vec<(u64, Vec<u8>)> = (self.next..).zip(records).collect();
-        self.storage.persist(&blobs, &numbered)?;
-        self.next += count;
         Ok(())
     }
 
@@ -111,13 +202,4 @@ impl Blobs for Keep {
 /// A blob, wherever it is.
 pub(super) fn find(storage: &Storage, served: &BlobStore, hash: &Hash) -> Option<Vec<u8>> {
     storage.blob(hash).ok().flatten().or_else(|| served.get(hash))
-}
-
-/// Blobs that volunteers will ask for.
-fn published(entry: &Entry) -> Vec<Hash> {
-    match entry {
-        Entry::Open { full, .. } => vec![*full],
-        Entry::Version { delta, full, .. } => std::iter::once(*delta).chain(*full).collect(),
-        _ => Vec::new(),
-    }
 }

@@ -1,56 +1,71 @@
 //! `manyhands host`: a coordination peer.
 //!
 //! The coordinator of `core` decides everything; this moves bytes between it, the network, the
-//! disk, the own engine that audits, and whoever watches. Start at [`run`], then `actor`.
+//! disk, the own engine that audits, and whoever watches. Start at [`run`], then `actor`; `follow`
+//! is a peer that mirrors another one and could go on in its place.
 
 mod actor;
 mod auditor;
+mod follow;
 mod keep;
+mod place;
+mod serve;
+mod teller;
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
-use libp2p::multiaddr::{Multiaddr, Protocol};
 use manyhands_core::run::config::RunConfig;
-use manyhands_core::swarm::ids::Hash;
-use manyhands_core::swarm::protocol::PeerAddress;
+use manyhands_core::run::problems::Problems;
+use manyhands_core::swarm::chain;
+use manyhands_core::swarm::ids::{Hash, PeerKey};
+use manyhands_core::swarm::ledger::Entry;
+use manyhands_core::swarm::protocol::{PeerAddress, Request, Response};
+use manyhands_core::swarm::recovery::opening;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{mpsc, watch};
 
 use crate::blobs::BlobStore;
-use crate::cli::{program, runs_dir};
-use crate::http::{self, AdminToken, Feed, HttpState};
-use crate::identity::Identity;
-use crate::net::{Limits, Net, NetConfig};
+use crate::cli::runs_dir;
+use crate::net::Net;
 use crate::storage::Storage;
-use crate::store::{read_bounded, write_atomic};
+use crate::store::read_bounded;
 use crate::train::{open_problems, parse_run};
+use keep::find;
+use place::Place;
 
-/// Port of dashboard and API, unless it is taken.
-const HTTP_PORT: u16 = 8420;
-/// Disk for blobs that are served.
-const BLOB_BYTES_MAX: u64 = 64 << 30;
+pub use place::URL_FILE;
+
 /// Largest run file.
 const RUN_BYTES_MAX: u64 = 1 << 20;
-/// File in a host's directory that says where it can be joined.
-pub const URL_FILE: &str = "url";
-/// File in a host's directory with the addresses it listened on.
-const LISTEN_FILE: &str = "listen";
+/// Largest problem file.
+const FILE_BYTES_MAX: u64 = 256 << 20;
+/// Exit code after Ctrl-C, as shells expect it.
+pub const INTERRUPTED: u8 = 130;
 /// Events that wait for the coordinator.
 const EVENTS_MAX: usize = 1024;
 
 /// Arguments of `host`.
 #[derive(Clone, Debug, Args)]
 pub struct HostArgs {
-    /// The run file (TOML).
-    pub run: PathBuf,
-    /// Directory of the run [default: runs/NAME].
+    /// The run file (TOML). Not needed where --dir holds a run already, nor with --follow.
+    #[arg(required_unless_present_any = ["dir", "follow"])]
+    pub run: Option<PathBuf>,
+    /// Directory of the run [default: runs/NAME, or runs/NAME-follower with --follow].
     #[arg(long)]
     pub dir: Option<PathBuf>,
+    /// Mirror the run of the host at this address, and be ready to go on with it.
+    #[arg(long, value_name = "URL", conflicts_with_all = ["run", "promote", "once", "json"])]
+    pub follow: Option<String>,
+    /// File with the operator's token of the host that is followed: its `admin-token`
+    /// [default: the environment's MANYHANDS_TOKEN].
+    #[arg(long, value_name = "FILE", requires = "follow")]
+    pub token: Option<PathBuf>,
+    /// Go on with the run that --dir followed, because its host is lost for good.
+    #[arg(long, requires = "dir")]
+    pub promote: bool,
     /// Where the dashboard and the API are served [default: 0.0.0.0:8420, or a free port].
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub http: Option<SocketAddr>,
@@ -60,6 +75,10 @@ pub struct HostArgs {
     /// Threads that audit; 0 takes all cores.
     #[arg(long, default_value_t = 1)]
     pub threads: usize,
+    /// Disk for results and weights, GiB. Beyond it the results of old, final steps are dropped;
+    /// a replay computes them again.
+    #[arg(long, value_name = "GIB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(..=1 << 20))]
+    pub disk: u64,
     /// End when the run is complete, instead of going on to serve it.
     #[arg(long)]
     pub once: bool,
@@ -69,7 +88,7 @@ pub struct HostArgs {
 }
 
 /// What `/api/manifest` says: all that it takes to join.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
     /// The run.
     pub run: Hash,
@@ -83,160 +102,129 @@ pub struct Manifest {
 
 /// Runs `host`.
 pub fn run(args: &HostArgs) -> Result<ExitCode> {
-    let text = String::from_utf8(read_bounded(&args.run, RUN_BYTES_MAX)?)
-        .context("the run file is not UTF-8")?;
-    let config = parse_run(&text).with_context(|| format!("in {}", args.run.display()))?;
-    let base = args.run.parent().map(PathBuf::from).unwrap_or_default();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let result = runtime.block_on(host(args, &config, &base));
+    let result = match &args.follow {
+        Some(url) => runtime.block_on(follow::follow(args, url)),
+        None => runtime.block_on(host(args)),
+    };
     // The auditor may be in the middle of a unit; nothing depends on it.
     runtime.shutdown_background();
     result
 }
 
-async fn host(args: &HostArgs, config: &RunConfig, base: &Path) -> Result<ExitCode> {
-    let problems = open_problems(config, base)?;
-    let dir = args.dir.clone().unwrap_or_else(|| runs_dir().join(&config.name));
-    let storage = Arc::new(Storage::open(&dir)?);
-    let blobs = Arc::new(BlobStore::open(&dir.join("blobs"), BLOB_BYTES_MAX)?);
-    let identity = Identity::load_or_create(&dir.join("host.key"))?;
-    let token = Arc::new(AdminToken::open(&dir)?);
-    let files = problem_files(config, base)?;
-    let secret = identity.secret();
-    let listen = |addresses: Vec<Multiaddr>| NetConfig {
-        identity: identity.clone(),
-        listen: addresses,
-        limits: Limits::default(),
-        blobs: Some(blobs.clone()),
+/// A run, and where it comes from.
+struct Run {
+    config: RunConfig,
+    problems: Problems,
+    /// Problem files by path: content hash.
+    files: Vec<(String, Hash)>,
+}
+
+impl Run {
+    /// From a run file and the problem files that it names, which are kept for followers.
+    fn from_file(path: &Path, config: RunConfig, blobs: &BlobStore) -> Result<Self> {
+        let base = path.parent().map(PathBuf::from).unwrap_or_default();
+        let problems = open_problems(&config, &base)?;
+        let mut files = Vec::new();
+        for path in config.tasks.iter().filter_map(|t| t.jsonl.clone()) {
+            let bytes = read_bounded(&base.join(&path), FILE_BYTES_MAX)?;
+            files.push((path, blobs.put(&bytes)?));
+        }
+        Ok(Self { config, problems, files })
+    }
+
+    /// From a ledger and its blobs.
+    fn from_ledger(storage: &Storage, blobs: &BlobStore) -> Result<Self> {
+        let first = storage.records(0, 1)?.pop().context(
+            "the directory holds no run; name a run file to begin one, or follow one first",
+        )?;
+        let (config, files) = opening(&first).map_err(anyhow::Error::msg)?;
+        let read = |path: &str| {
+            let named = files.iter().find(|(name, _)| name == path);
+            let bytes = named.and_then(|(_, hash)| find(storage, blobs, hash));
+            let bytes = bytes.ok_or("this directory has no copy of it; name the run file")?;
+            String::from_utf8(bytes).map_err(|e| e.to_string())
+        };
+        let problems = Problems::open(&config, read)?;
+        Ok(Self { config, problems, files })
+    }
+}
+
+/// Reads a run file.
+fn read_run(path: &Path) -> Result<RunConfig> {
+    let text = String::from_utf8(read_bounded(path, RUN_BYTES_MAX)?)
+        .context("the run file is not UTF-8")?;
+    parse_run(&text).with_context(|| format!("in {}", path.display()))
+}
+
+async fn host(args: &HostArgs) -> Result<ExitCode> {
+    let config = args.run.as_deref().map(read_run).transpose()?;
+    let name = config.as_ref().map(|c| c.name.clone());
+    let dir = args.dir.clone().or_else(|| Some(runs_dir().join(name?)));
+    let dir = dir.context("name a run file, or the directory of a run with --dir")?;
+    let place = Place::open(args, &dir).await?;
+    let run = match (&args.run, config) {
+        (Some(path), Some(config)) => Run::from_file(path, config, &place.blobs)?,
+        _ => Run::from_ledger(&place.storage, &place.blobs)?,
     };
-    // The same ports as before, so that volunteers find their way back by themselves.
-    let before = listened(&dir, args.listen);
-    let started = match before.is_empty() {
-        true => None,
-        false => Net::start(listen(before)).await.ok(),
-    };
-    let (net, net_events) = match started {
-        Some(started) => started,
-        None => Net::start(listen(any_port(args.listen)?)).await?,
-    };
-    remember(&dir, &net)?;
-    let listener = bind(args).await?;
-    let http_address = listener.local_addr()?;
-    let own = PeerAddress {
-        peer: net.key(),
-        addresses: net.addresses().iter().map(ToString::to_string).collect(),
-    };
-    let keep = keep::Keep::open(&dir, storage.clone(), blobs)?;
-    let url = format!("http://{}:{}", reachable(http_address.ip()), http_address.port());
-    let (admin, commands) = mpsc::channel(http::ADMIN_QUEUE_MAX);
-    let (status, shown) = watch::channel(Arc::default());
-    let feed = Arc::new(Feed::default());
+    let keep = keep::Keep::open(&dir, place.storage.clone(), place.blobs.clone())?;
+    refuse_if_promoted(&place, &keep.peers()?).await?;
+    let token = place.token.clone();
+    let served = serve::start(place.listener, &place.storage, &place.blobs, token.clone());
     let setup = actor::Setup {
-        config: config.clone(),
-        problems,
-        files,
-        secret,
+        config: run.config,
+        problems: run.problems,
+        files: run.files,
+        secret: place.identity.secret(),
         token: token.text().to_string(),
-        own,
-        url: url.clone(),
+        own: place.own.clone(),
+        url: place.url.clone(),
         threads: args.threads,
         once: args.once || args.json.is_some(),
         json: args.json.clone(),
+        promote: args.promote,
+        disk_bytes: args.disk << 30,
     };
-    let actor = actor::Actor::start(setup, keep, net, status, feed.clone())?;
-    let manifest = serde_json::to_vec(&actor.manifest())?;
-    write_atomic(&dir.join(URL_FILE), url.as_bytes())?;
-    eprintln!("run        {} ({})", actor.run(), config.name);
-    eprintln!("dashboard  {url}");
-    eprintln!("join       {} join {url}", program());
-    eprintln!(
-        "operator   the token for pausing and stopping is in {}",
-        dir.join(http::TOKEN_FILE).display()
-    );
-    let reader = storage.clone();
-    let ledger = move |from, limit| {
-        let records = reader.records(from, limit)?;
-        records.iter().map(|b| Ok(manyhands_core::swarm::chain::decode(b)?)).collect()
-    };
-    let source = storage;
-    let blob = move |hash: &Hash| {
-        source.blob(hash).ok().flatten().map(|bytes| http::Blob::Bytes(bytes.into()))
-    };
-    let state = HttpState {
-        status: shown,
-        feed,
-        manifest: manifest.into(),
-        ledger: Arc::new(ledger),
-        blob: Arc::new(blob),
-        admin,
-        token,
-    };
-    let (_running, ended) = tokio::sync::oneshot::channel::<()>();
-    let served = tokio::spawn(http::serve(listener, state, async move {
-        let _ = ended.await;
-    }));
-    let code = actor.run_until_done(net_events, commands).await;
-    served.abort();
+    let name = setup.config.name.clone();
+    let tell = teller::Teller::new(setup.config.clone(), keep.run_dir.clone(), served.feed);
+    let mut actor = actor::Actor::start(setup, keep, place.net, served.shown, tell)?;
+    actor.show()?;
+    eprintln!("run        {} ({name})", actor.run());
+    place::announce(&dir, &place.url)?;
+    let code = actor.run_until_done(place.events, served.commands).await;
+    drop(served.running);
     code
 }
 
-/// Addresses with ports to be chosen.
-fn any_port(ip: IpAddr) -> Result<Vec<Multiaddr>> {
-    let of = |rest| format!("/{}/{ip}/{rest}", family(ip)).parse().context("--listen");
-    ["tcp/0", "udp/0/quic-v1", "tcp/0/ws"].into_iter().map(of).collect()
-}
-
-/// The addresses of the last time, if they are of this interface.
-fn listened(dir: &Path, ip: IpAddr) -> Vec<Multiaddr> {
-    let text = std::fs::read_to_string(dir.join(LISTEN_FILE)).unwrap_or_default();
-    let prefix = format!("/{}/{ip}/", family(ip));
-    text.lines().filter(|l| l.starts_with(&prefix)).filter_map(|l| l.parse().ok()).collect()
-}
-
-/// Keeps the ports that were chosen.
-fn remember(dir: &Path, net: &Net) -> Result<()> {
-    let bare = |a: &Multiaddr| {
-        let parts = a.iter().filter(|p| !matches!(p, Protocol::P2p(_)));
-        parts.collect::<Multiaddr>().to_string()
-    };
-    let lines: Vec<String> = net.addresses().iter().map(bare).collect();
-    write_atomic(&dir.join(LISTEN_FILE), lines.join("\n").as_bytes())
-}
-
-fn family(ip: IpAddr) -> &'static str {
-    if ip.is_ipv4() { "ip4" } else { "ip6" }
-}
-
-/// The address under which others reach an unspecified one.
-fn reachable(ip: IpAddr) -> IpAddr {
-    if !ip.is_unspecified() {
-        return ip;
+/// Two peers that write one ledger would be two runs: a host that comes back after another one
+/// went on in its place must not.
+async fn refuse_if_promoted(place: &Place, peers: &[PeerAddress]) -> Result<()> {
+    let next = place.storage.len()?;
+    for peer in peers.iter().filter(|p| p.peer != place.own.peer) {
+        if let Some(who) = promoted_after(&place.net, peer, next).await {
+            bail!(
+                "another coordination peer ({}) went on with this run while this one was away; mirror it with `host --follow URL --dir ANOTHER`, this directory's last records were left behind",
+                who.short()
+            );
+        }
     }
-    // Nothing is sent: connecting a datagram socket only asks which interface would be used.
-    let local = UdpSocket::bind("0.0.0.0:0").and_then(|s| {
-        s.connect("192.0.2.1:9")?;
-        s.local_addr()
-    });
-    local.map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |a| a.ip())
+    Ok(())
 }
 
-async fn bind(args: &HostArgs) -> Result<tokio::net::TcpListener> {
-    let Some(address) = args.http else {
-        let any = SocketAddr::from((args.listen, HTTP_PORT));
-        return match http::bind(any).await {
-            Ok(listener) => Ok(listener),
-            Err(_) => http::bind(SocketAddr::from((args.listen, 0))).await,
-        };
-    };
-    http::bind(address).await
+/// Who went on with the run at this record, as this peer knows. A peer that is away knows nothing.
+async fn promoted_after(net: &Net, peer: &PeerAddress, next: u64) -> Option<PeerKey> {
+    let addresses = peer.addresses.iter().filter_map(|a| a.parse().ok()).collect();
+    net.dial(addresses).await.ok()?;
+    // It may have lost the last records before it went on.
+    let from = next.saturating_sub(u64::from(RECORDS_ASKED));
+    let request = Request::Ledger { from, limit: 2 * RECORDS_ASKED };
+    let answer = net.request(peer.peer, request.encode()).await.ok()?;
+    let Ok(Response::Records(records)) = Response::decode(&answer) else { return None };
+    records.iter().find_map(|bytes| match chain::decode(bytes).ok()?.entry {
+        Entry::Promoted { coordinator } if coordinator == peer.peer => Some(coordinator),
+        _ => None,
+    })
 }
 
-/// Path and content hash of the problem files of a run.
-fn problem_files(config: &RunConfig, base: &Path) -> Result<Vec<(String, Hash)>> {
-    let paths = config.tasks.iter().filter_map(|t| t.jsonl.clone());
-    let hash = |path: String| {
-        let bytes = read_bounded(&base.join(&path), 256 << 20)?;
-        Ok((path, Hash::of(&bytes)))
-    };
-    paths.map(hash).collect()
-}
+/// Records before the own ledger's end, and after it, in which a promotion is looked for.
+const RECORDS_ASKED: u32 = 1024;

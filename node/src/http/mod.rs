@@ -20,7 +20,6 @@ use std::sync::Arc;
 use anyhow::Result;
 use axum::body::Bytes;
 use manyhands_core::swarm::ids::Hash;
-use manyhands_core::swarm::ledger::Record;
 use manyhands_core::swarm::status::Status;
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -30,7 +29,10 @@ pub use feed::{
     EVALUATIONS_MAX, FEED_QUEUE_MAX, Feed, HEARTBEAT, SSE_CLIENTS_MAX, STEPS_MAX, StepLine,
 };
 pub use metrics::metrics_text;
-pub use routes::{ADMIN_TIMEOUT, BODY_BYTES_MAX, PAGE_MAX, REQUEST_TIMEOUT, ROUTES, Route, router};
+pub use routes::{
+    ADMIN_TIMEOUT, BODY_BYTES_MAX, PAGE_MAX, RECORDS_PAGE_BYTES_MAX, REQUEST_TIMEOUT, ROUTES,
+    Route, router,
+};
 pub use seats::{CONNECTIONS_MAX, CONNECTIONS_PER_ADDRESS_MAX, Seat, Seats};
 pub use serve::{HEADER_BYTES_MAX, HEADER_TIMEOUT, bind, serve};
 pub use token::{AdminToken, TOKEN_FILE};
@@ -38,8 +40,8 @@ pub use token::{AdminToken, TOKEN_FILE};
 /// Commands of the operator that wait to be taken. A caller makes the queue of this size.
 pub const ADMIN_QUEUE_MAX: usize = 8;
 
-/// Reads decoded records of the ledger: from a sequence number, at most so many. May block.
-pub type LedgerReader = Arc<dyn Fn(u64, usize) -> Result<Vec<Record>> + Send + Sync>;
+/// Reads records of the ledger, as bytes: from a sequence number, at most so many. May block.
+pub type LedgerReader = Arc<dyn Fn(u64, usize) -> Result<Vec<Vec<u8>>> + Send + Sync>;
 
 /// Finds a blob by its hash. Must not block for long.
 pub type BlobLookup = Arc<dyn Fn(&Hash) -> Option<Blob> + Send + Sync>;
@@ -51,8 +53,8 @@ pub struct HttpState {
     pub status: watch::Receiver<Arc<Status>>,
     /// Events and their history.
     pub feed: Arc<Feed>,
-    /// The run's manifest, as JSON.
-    pub manifest: Bytes,
+    /// All that it takes to join, as JSON.
+    pub manifest: watch::Receiver<Bytes>,
     /// Reads the ledger.
     pub ledger: LedgerReader,
     /// Finds blobs.

@@ -14,6 +14,7 @@ use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use manyhands_core::swarm::chain;
 use manyhands_core::swarm::ledger::Record;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -26,6 +27,8 @@ use super::{AdminAction, AdminCommand, HttpState, blobs, metrics};
 
 /// Most records, steps or evaluations in one answer.
 pub const PAGE_MAX: usize = 1000;
+/// Bytes of the records in one answer of `/api/records`; one record more may follow.
+pub const RECORDS_PAGE_BYTES_MAX: usize = 4 << 20;
 /// The same, when the caller does not say.
 const PAGE_DEFAULT: usize = 200;
 /// Largest body of a request. No route needs one.
@@ -60,6 +63,7 @@ pub const ROUTES: &[Route] = &[
     route("GET", "/api/status", "the run and its volunteers now"),
     route("GET", "/api/manifest", "what a volunteer needs to join"),
     route("GET", "/api/ledger", "records in order: ?from=SEQUENCE&limit=COUNT, at most 1000"),
+    route("GET", "/api/records", "the same as the bytes that are hashed and signed, each after its length in 4 bytes, little-endian"),
     route("GET", "/api/blobs/{hash}", "bytes of a hash; ranges are served"),
     route("GET", "/api/steps", "numbers of past steps: ?from=ORDINAL&limit=COUNT, at most 1000"),
     route("GET", "/api/evaluations", "past evaluations: ?from=ORDINAL&limit=COUNT, at most 1000"),
@@ -85,6 +89,7 @@ pub fn router(state: HttpState) -> Router {
         .route("/api/status", get(status))
         .route("/api/manifest", get(manifest))
         .route("/api/ledger", get(ledger))
+        .route("/api/records", get(records))
         .route("/api/blobs/{hash}", get(blobs::blob))
         .route("/api/steps", get(steps))
         .route("/api/evaluations", get(evaluations))
@@ -155,7 +160,8 @@ async fn status(State(state): State<HttpState>) -> Response {
 }
 
 async fn manifest(State(state): State<HttpState>) -> Response {
-    ([(CONTENT_TYPE, "application/json")], state.manifest).into_response()
+    let manifest = state.manifest.borrow().clone();
+    ([(CONTENT_TYPE, "application/json")], manifest).into_response()
 }
 
 /// Where a page of a list begins and how long it is.
@@ -184,16 +190,43 @@ async fn ledger(
     query: PageQuery,
 ) -> Result<Json<Vec<Record>>, ApiError> {
     let (from, limit) = Page::of(query)?;
-    let read = tokio::task::spawn_blocking(move || (state.ledger)(from, limit)).await;
-    let failed = |text: String| {
-        tracing::error!(error = text, "the ledger cannot be read");
-        let text = "the ledger cannot be read now; the operator's log says why";
-        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, text)
-    };
-    let mut records =
-        read.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(format!("{e:#}")))?;
+    let records = read_ledger(&state, from, limit).await?;
+    let decoded: Result<_, _> = records.iter().map(|bytes| chain::decode(bytes)).collect();
+    Ok(Json(decoded.map_err(|error| unreadable(&error.to_string()))?))
+}
+
+/// Records as they are, for whoever checks them.
+async fn records(State(state): State<HttpState>, query: PageQuery) -> Result<Response, ApiError> {
+    let (from, limit) = Page::of(query)?;
+    let mut body = Vec::new();
+    for record in read_ledger(&state, from, limit).await? {
+        if body.len() >= RECORDS_PAGE_BYTES_MAX {
+            break;
+        }
+        let length = u32::try_from(record.len()).map_err(|e| unreadable(&e.to_string()))?;
+        body.extend_from_slice(&length.to_le_bytes());
+        body.extend_from_slice(&record);
+    }
+    Ok(([(CONTENT_TYPE, "application/octet-stream")], body).into_response())
+}
+
+async fn read_ledger(
+    state: &HttpState,
+    from: u64,
+    limit: usize,
+) -> Result<Vec<Vec<u8>>, ApiError> {
+    let read = state.ledger.clone();
+    let read = tokio::task::spawn_blocking(move || read(from, limit)).await;
+    let read = read.map_err(|e| unreadable(&e.to_string()))?;
+    let mut records = read.map_err(|e| unreadable(&format!("{e:#}")))?;
     records.truncate(limit);
-    Ok(Json(records))
+    Ok(records)
+}
+
+fn unreadable(why: &str) -> ApiError {
+    tracing::error!(error = why, "the ledger cannot be read");
+    let text = "the ledger cannot be read now; the operator's log says why";
+    ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, text)
 }
 
 async fn steps(

@@ -94,6 +94,22 @@ async fn ledger_pages_are_bounded_and_complete() {
     }
 }
 
+/// Whoever checks signatures needs the bytes themselves.
+#[tokio::test]
+async fn records_are_the_bytes_of_the_ledger() {
+    let peer = peer();
+    let (status, _, body) = peer.get("/api/records?from=4990&limit=2").await;
+    assert_eq!(status, StatusCode::OK);
+    let framed = |n| {
+        let bytes = manyhands_core::swarm::chain::encode(&record(n));
+        [&(bytes.len() as u32).to_le_bytes()[..], &bytes].concat()
+    };
+    assert_eq!(body, [framed(4990), framed(4991)].concat());
+    assert!(peer.get("/api/records?from=5000").await.2.is_empty());
+    let (status, _) = peer.get_error("/api/records?from=x").await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+}
+
 /// What went wrong inside is for the operator's log.
 #[tokio::test]
 async fn ledger_that_cannot_be_read_does_not_leak_paths() {

@@ -10,6 +10,7 @@ use manyhands_core::learn::weights::BatchStats;
 use manyhands_core::run::report::{EvalReport, PassReport, Phase, RlReport, StepReport};
 use manyhands_core::run::state::Evaluation;
 use manyhands_core::swarm::ids::{Hash, Signature};
+use manyhands_core::swarm::chain;
 use manyhands_core::swarm::ledger::{Entry, Offence, Record};
 use manyhands_core::swarm::status::{Standing, Status, StatusEvent, VolunteerStatus};
 use manyhands_node::http::{
@@ -56,10 +57,10 @@ pub(crate) fn peer() -> Peer {
     let state = HttpState {
         status: receiver,
         feed: Arc::new(Feed::default()),
-        manifest: Bytes::from_static(b"{\"run\":\"ab\"}"),
+        manifest: watch::channel(Bytes::from_static(b"{\"run\":\"ab\"}")).1,
         ledger: Arc::new(|from, limit| {
             anyhow::ensure!(from != 4_000_000, "the disk at /secret is gone");
-            Ok((from..RECORDS).take(limit).map(record).collect())
+            Ok((from..RECORDS).take(limit).map(|n| chain::encode(&record(n))).collect())
         }),
         blob: Arc::new(move |hash| match hash {
             h if *h == file => Some(Blob::File(path.clone())),

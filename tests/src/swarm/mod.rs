@@ -8,6 +8,7 @@
 pub mod attacks;
 pub mod lab;
 pub mod machine;
+pub mod mirror;
 pub mod outcome;
 pub mod random;
 pub mod world;

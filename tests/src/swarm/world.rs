@@ -17,6 +17,7 @@ use manyhands_core::swarm::volunteer;
 
 use super::lab::Lab;
 use super::machine::{Machine, Profile};
+use super::mirror::Mirror;
 use super::random::Random;
 
 /// Pause between two ticks of the coordinator.
@@ -105,6 +106,10 @@ pub struct World<'a> {
     pub own_speed: f64,
     /// Samples given out that were in the ledger already.
     pub computed_again: u64,
+    /// A follower, which goes on when the coordinator crashes.
+    pub mirror: Option<Mirror>,
+    /// Who coordinates.
+    secret: Secret,
     queue: BTreeMap<(u64, u64), Happening>,
     next: u64,
     /// Incarnation of the coordinator.
@@ -136,6 +141,8 @@ impl<'a> World<'a> {
             newest: BTreeMap::new(),
             own_speed: OWN_SPEED,
             computed_again: 0,
+            mirror: None,
+            secret: Self::secret(),
             queue: BTreeMap::new(),
             next: 0,
             incarnation: 0,
@@ -156,7 +163,32 @@ impl<'a> World<'a> {
         self.next += 1;
     }
 
-    /// Who coordinates.
+    /// Lets somebody follow, who will be promoted when the coordinator crashes.
+    pub fn follow(&mut self, mirror: Mirror) {
+        self.mirror = Some(mirror);
+    }
+
+    /// The follower makes itself known.
+    fn introduce(&mut self) {
+        let Some(peer) = self.mirror.as_ref().map(|m| m.secret.key()) else { return };
+        self.next += 1;
+        let request = Request::Follow { token: "token".into(), addresses: Vec::new() };
+        self.coordinate(Event::Request { peer, token: self.next, request });
+    }
+
+    /// The coordinator is lost for good: the follower goes on with what it has.
+    fn promote(&mut self) {
+        let Some(mirror) = &mut self.mirror else { return };
+        if !mirror.store.records.iter().any(|r| names(r, &mirror.secret.key())) {
+            return;
+        }
+        self.secret = mirror.secret.clone();
+        self.store = std::mem::take(&mut mirror.store);
+        self.mirror = None;
+        self.sampled.clear();
+    }
+
+    /// Who coordinates first.
     pub fn secret() -> Secret {
         Secret::from_seed(&[77; 32])
     }
@@ -172,6 +204,7 @@ impl<'a> World<'a> {
     /// If it is not by `limit_ms`: nobody makes progress.
     pub fn run(&mut self, limit_ms: u64) -> Hash {
         self.recover();
+        self.introduce();
         loop {
             if let Some(weights) = self.closed {
                 return weights;
@@ -277,6 +310,7 @@ impl<'a> World<'a> {
                     self.machines[i].expected.clear();
                     self.break_link(i);
                 }
+                self.promote();
                 self.recover();
             }
             Some(Outage::Restart) => {
@@ -294,12 +328,13 @@ impl<'a> World<'a> {
             config,
             problems: self.lab.problems.clone(),
             files: Vec::new(),
-            secret: Self::secret(),
+            secret: self.secret.clone(),
             audit_seed: [9; 32],
             token: "token".into(),
             ledger: &mut self.store.records.clone().into_iter(),
             snapshots: snapshots.map(|(o, files)| (*o, files.1.clone())).collect(),
-            promote: false,
+            forgotten: 0,
+            promote: true,
             now_ms: self.now_ms,
             wall_ms: self.now_ms,
         };
@@ -383,6 +418,9 @@ impl<'a> World<'a> {
             }
             self.store.records.push(bytes);
         }
+        if let Some(mirror) = &mut self.mirror {
+            mirror.catch_up(self.lab, &self.store);
+        }
     }
 
     fn reply(&mut self, token: u64, response: &Response) {
@@ -424,4 +462,10 @@ impl<'a> World<'a> {
         let latency = self.machines[i].profile.latency_ms;
         1 + latency / 2 + self.random.below(latency + 1)
     }
+}
+
+/// Whether a record names this follower.
+fn names(record: &[u8], follower: &PeerKey) -> bool {
+    let entry = chain::decode(record).expect("a record").entry;
+    matches!(entry, Entry::Follower { coordinator } if coordinator == *follower)
 }

@@ -113,6 +113,7 @@ pub(crate) fn start(ledger: &[Vec<u8>], blobs: &Blobs, own: u8) -> Coordinator {
         token: String::new(),
         ledger: &mut ledger.iter().cloned(),
         snapshots: Vec::new(),
+        forgotten: 0,
         promote: own != 1,
         now_ms: 0,
         wall_ms: 0,

@@ -12,7 +12,6 @@ mod recover;
 mod requests;
 mod results;
 mod show;
-mod versions;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -26,12 +25,13 @@ use super::protocol::{PeerAddress, Refusal, Request, Response};
 use super::scheduler::{Kind, Scheduler, TaskId, Urgency};
 use super::status::StatusEvent;
 use super::unit::Unit;
+use super::versions::Versions;
 use crate::checkpoint::Manifest;
 use crate::run::job::{JobPath, Version};
 use crate::run::pipeline::{Pipeline, TrainError};
-use versions::Versions;
 
-pub use recover::{RecoverError, Start};
+pub use super::recovery::RecoverError;
+pub use recover::Start;
 pub use results::OWN_CHECKS_MAX;
 
 /// Volunteers with an open session.
@@ -342,6 +342,29 @@ impl Coordinator {
     /// The scheduler, for figures.
     pub fn scheduler(&self) -> &Scheduler {
         &self.scheduler
+    }
+
+    /// Steps up to which every contributor has passed a later audit.
+    pub fn final_ordinal(&self) -> u64 {
+        self.final_ordinal
+    }
+
+    /// Results of steps before `ordinal`, which are final, are not stored any more: whoever
+    /// computed them will not be checked for them again. A replay computes them again.
+    pub fn forget(&mut self, ordinal: u64) {
+        for record in self.records.values_mut() {
+            record.unproven.retain(|_, a| a.ordinal >= ordinal);
+        }
+        self.unsettled = self.unsettled.split_off(&(ordinal, 0));
+        let known = |peer: &PeerKey, unit: &Hash| {
+            self.records.get(peer).is_some_and(|r| r.unproven.values().any(|a| a.unit == *unit))
+        };
+        self.vouched.retain(|(peer, unit), _| known(peer, unit));
+    }
+
+    /// Who coordinates, first, and who follows.
+    pub fn peers(&self) -> &[PeerAddress] {
+        &self.peers
     }
 
     /// Who coordinates and who follows, as volunteers are told.

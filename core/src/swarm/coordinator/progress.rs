@@ -1,7 +1,6 @@
 //! From accepted results to versions: the pipeline goes on, versions are published and become
 //! final.
 
-use super::versions::FULL_EVERY;
 use super::{Accepted, Coordinator, Effect};
 use crate::model::weights::Weights;
 use crate::run::job::{JobPath, OpenJob};
@@ -10,9 +9,11 @@ use crate::run::work::Work;
 use crate::swarm::delta;
 use crate::swarm::ids::{Hash, PeerKey};
 use crate::swarm::ledger::Entry;
+use crate::swarm::recovery::snapshot_is_due;
 use crate::swarm::scheduler::Urgency;
 use crate::swarm::status::{RunState, StatusEvent};
 use crate::swarm::unit::UNIT_BYTES_MAX;
+use crate::swarm::versions::FULL_EVERY;
 
 /// A version that is provisional for so many steps makes its contributors' last units be audited.
 const PROVISIONAL_STEPS_MAX: u64 = 25;
@@ -136,16 +137,9 @@ impl Coordinator {
         });
     }
 
-    /// Keeps the state now and then; holds steps back shortly if that is what it takes.
+    /// Keeps the state now and then.
     fn save_if_due(&mut self) {
-        let ordinal = self.pipeline.ordinal();
-        let every = self.pipeline.config.checkpoint.every;
-        let due =
-            ordinal >= self.snapshot_ordinal + every || ordinal == self.pipeline.config.steps();
-        self.pipeline.set_barrier(ordinal + 2 >= self.snapshot_ordinal + every);
-        if due && self.pipeline.is_at_boundary() {
-            self.snapshot_ordinal = ordinal;
-            self.pipeline.set_barrier(false);
+        if snapshot_is_due(&mut self.pipeline, &mut self.snapshot_ordinal) {
             self.snapshot();
         }
     }

@@ -2,53 +2,18 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use super::versions::Versions;
 use super::{Accepted, Blobs, Coordinator, Effect, Files, show};
-use crate::checkpoint::CheckpointError;
 use crate::conformance::suite::DIGEST;
-use crate::run::config::{RunConfig, RunConfigError};
-use crate::run::pipeline::{Advanced, Pipeline};
+use crate::run::config::RunConfig;
+use crate::run::pipeline::Advanced;
 use crate::run::problems::Problems;
-use crate::run::state::State;
-use crate::swarm::chain::{BrokenChain, Verifier, Writer};
+use crate::swarm::chain::Writer;
 use crate::swarm::delta;
 use crate::swarm::ids::{Hash, PeerKey, Secret};
-use crate::swarm::ledger::{Entry, Record, UnitEntry};
-use crate::swarm::past::{ByPath, Past, is_missing, output_of, unit_of};
+use crate::swarm::ledger::{Entry, UnitEntry};
+use crate::swarm::past::{ByPath, Past};
+use crate::swarm::recovery::{RecoverError, Recovered, Snapshots, supply_again};
 use crate::swarm::scheduler::{Scheduler, Urgency};
-
-/// Why a coordination peer cannot start.
-#[derive(Debug, thiserror::Error)]
-pub enum RecoverError {
-    /// The ledger is damaged.
-    #[error("the ledger is damaged: {0}")]
-    Chain(#[from] BrokenChain),
-    /// The first record opens another run.
-    #[error("the ledger belongs to another run file; give this run another directory")]
-    OtherRun,
-    /// The run was made by other arithmetic.
-    #[error("the ledger was written under arithmetic {ledger}, this program computes {DIGEST}")]
-    OtherArithmetic {
-        /// Digest in the ledger.
-        ledger: String,
-    },
-    /// The ledger is somebody else's.
-    #[error(
-        "the ledger is signed by {signer}, this peer is {own}; use `--promote` if the other peer is lost"
-    )]
-    OtherSigner {
-        /// Who signs.
-        signer: PeerKey,
-        /// Who wants to.
-        own: PeerKey,
-    },
-    /// The run file cannot work.
-    #[error(transparent)]
-    Config(#[from] RunConfigError),
-    /// A snapshot cannot be read.
-    #[error(transparent)]
-    Snapshot(#[from] CheckpointError),
-}
 
 /// What a coordination peer starts with.
 pub struct Start<'a> {
@@ -67,7 +32,9 @@ pub struct Start<'a> {
     /// The ledger so far; empty for a new run.
     pub ledger: &'a mut dyn Iterator<Item = Vec<u8>>,
     /// States that were kept, newest first: steps of all phases, and how to read them.
-    pub snapshots: Vec<(u64, BTreeMap<String, Vec<u8>>)>,
+    pub snapshots: Snapshots,
+    /// Results of steps before this one are not stored any more: see [`Coordinator::forget`].
+    pub forgotten: u64,
     /// Whether to go on with a run whose coordination peer is lost.
     pub promote: bool,
     /// Times, as for [`Coordinator::handle`].
@@ -80,19 +47,19 @@ impl Coordinator {
     /// Starts a run, or goes on with it. The effects of what was done on the way come from the
     /// next [`Coordinator::handle`].
     pub fn recover(start: Start<'_>, blobs: &dyn Blobs) -> Result<Self, RecoverError> {
-        let config_json = serde_json::to_string(&start.config).expect("a run file is plain data");
-        let mut verifier = Verifier::default();
-        let (mut past, mut versions) = (Past::default(), Versions::default());
-        for bytes in &mut *start.ledger {
-            let record = verifier.push(&bytes)?;
-            read(record, &config_json, &mut past, &mut versions)?;
-        }
+        let recovered =
+            Recovered::read(start.config, start.problems, start.ledger, &start.snapshots)?;
+        let Recovered { verifier, past, versions, pipeline, snapshot_ordinal, config_json } =
+            recovered;
         let own = start.secret.key();
         let is_new = verifier.sequence() == 0;
         let mut promoted = false;
         if let Some(signer) = verifier.signer().filter(|s| *s != own) {
-            if !(start.promote && past.followers.contains(&own)) {
+            if !start.promote {
                 return Err(RecoverError::OtherSigner { signer, own });
+            }
+            if !past.followers.contains(&own) {
+                return Err(RecoverError::NoFollower { own });
             }
             promoted = true;
         }
@@ -101,22 +68,10 @@ impl Coordinator {
         } else {
             Writer::after(&verifier, start.secret.clone())
         };
-        let model = start.config.model()?;
-        let mut state = State::new(&start.config, &model);
-        let mut snapshot_ordinal = 0;
-        for (ordinal, files) in &start.snapshots {
-            let (stored, snapshot) = State::load(files)?;
-            let weights = crate::model::weights::Weights::quantize(&model, &snapshot.master());
-            // States that were rolled back, or belong to another run, do not count.
-            if stored == start.config && versions.at(*ordinal) == Some(weights.hash().into()) {
-                (state, snapshot_ordinal) = (snapshot, *ordinal);
-                break;
-            }
-        }
-        let pipeline = Pipeline::new(start.config.clone(), start.problems, state)?;
         let max_new_tokens = pipeline.max_new_tokens();
         // No audit that was under way before a roll-back bears the name of one to come.
         let first_id = verifier.sequence() << 24;
+        let swarm = pipeline.config.swarm.clone();
         let mut c = Self {
             pipeline,
             writer,
@@ -125,7 +80,7 @@ impl Coordinator {
             audit_seed: start.audit_seed,
             peers: Vec::new(),
             token: start.token,
-            scheduler: Scheduler::new(start.config.swarm.clone(), first_id),
+            scheduler: Scheduler::new(swarm, first_id),
             sessions: BTreeMap::new(),
             waiting: VecDeque::new(),
             units: BTreeMap::new(),
@@ -157,7 +112,7 @@ impl Coordinator {
         } else if promoted {
             c.write(Entry::Promoted { coordinator: own });
         }
-        c.resume(past, blobs);
+        c.resume(past, start.forgotten, blobs);
         Ok(c)
     }
 
@@ -180,7 +135,7 @@ impl Coordinator {
     }
 
     /// Lets everything that stands enter again, in the order of the ledger.
-    fn resume(&mut self, past: Past, blobs: &dyn Blobs) {
+    fn resume(&mut self, past: Past, forgotten: u64, blobs: &dyn Blobs) {
         let mut by_path = ByPath::new();
         let mut drawn: BTreeMap<u64, (PeerKey, Accepted)> = BTreeMap::new();
         let mut units = past.standing().copied().peekable();
@@ -196,6 +151,8 @@ impl Coordinator {
         for (sequence, unit) in units {
             self.enter_again(sequence, unit, &mut by_path, &mut drawn);
         }
+        self.forget(forgotten);
+        drawn.retain(|_, (_, a)| a.ordinal >= forgotten);
         self.refill(&by_path, blobs);
         for (peer, offence) in past.expelled {
             self.expel(peer, offence);
@@ -251,7 +208,7 @@ impl Coordinator {
             let open: Vec<_> = self.pipeline.jobs().map(|j| j.job.path).collect();
             for path in open {
                 for (_, entry) in by_path.get(&path).into_iter().flatten() {
-                    progress |= self.supply_again(entry, blobs);
+                    progress |= supply_again(&mut self.pipeline, entry, blobs);
                 }
             }
             if !progress {
@@ -260,44 +217,8 @@ impl Coordinator {
         }
     }
 
-    /// One unit of the ledger; `false` if it is there already, or is not what the run asks for.
-    fn supply_again(&mut self, entry: &UnitEntry, blobs: &dyn Blobs) -> bool {
-        let unit = unit_of(&self.pipeline, entry).filter(|_| is_missing(&self.pipeline, entry));
-        let Some(unit) = unit else { return false };
-        // A blob that is lost is computed again.
-        let Ok(output) = output_of(&self.pipeline, entry, &unit, blobs) else { return false };
-        let (first, count) = (entry.first as usize, entry.count as usize);
-        self.pipeline.supply(entry.path, first, count, output).is_ok()
-    }
-
     /// Takes the state from the coordination peer's own files, for checks in tests.
     pub fn state_files(&self) -> Files {
         self.pipeline.state().save(&self.pipeline.config, self.pipeline.model())
     }
-}
-
-fn read(
-    record: Record,
-    config_json: &str,
-    past: &mut Past,
-    versions: &mut Versions,
-) -> Result<(), RecoverError> {
-    match &record.entry {
-        Entry::Open { config, digest, weights, full, .. } => {
-            if config != config_json {
-                return Err(RecoverError::OtherRun);
-            }
-            if digest != DIGEST {
-                return Err(RecoverError::OtherArithmetic { ledger: digest.clone() });
-            }
-            versions.insert(Some(0), *weights, Hash([0; 32]), *full, Some(*full));
-        }
-        Entry::Version { ordinal, update, weights, delta, base, full, .. } => {
-            versions.insert((*update == 0).then_some(*ordinal), *weights, *base, *delta, *full);
-        }
-        Entry::RolledBack { ordinal } => versions.roll_back(*ordinal),
-        _ => {}
-    }
-    past.take(record.sequence, &record.entry);
-    Ok(())
 }

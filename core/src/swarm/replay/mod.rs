@@ -17,7 +17,7 @@ use super::coordinator::Blobs;
 use super::delta;
 use super::ids::Hash;
 use super::ledger::UnitEntry;
-use super::past::{ByPath, is_missing, output_of, unit_of};
+use super::past::{ByPath, NoOutput, is_missing, output_of, read_output, unit_of};
 use super::unit::{Unit, encode_output};
 use crate::engine::EngineError;
 use crate::run::job::Version;
@@ -63,7 +63,7 @@ pub type Execute<'a> = dyn FnMut(&Arc<Version>, &Work) -> Result<Output, EngineE
 
 /// What a replay needs besides the ledger.
 pub struct Sources<'a> {
-    /// Text of a problem file that the run file names.
+    /// Text of a problem file that the run file names and that is no blob.
     pub files: &'a mut dyn FnMut(&str) -> Result<String, String>,
     /// Blobs of units' results.
     pub blobs: &'a dyn Blobs,
@@ -105,7 +105,7 @@ pub fn replay(
         recomputed: 0,
         first_wrong: None,
     };
-    let begun = reading.opened.as_ref().map(|opened| begin(opened, sources.files));
+    let begun = reading.opened.as_ref().map(|o| begin(o, sources.files, sources.blobs));
     match begun {
         Some(Ok(pipeline)) => {
             let mut derivation = Derivation::new(pipeline, reading, sources, wrong);
@@ -127,12 +127,16 @@ pub fn replay(
 fn begin(
     opened: &Opened,
     files: &mut dyn FnMut(&str) -> Result<String, String>,
+    blobs: &dyn Blobs,
 ) -> Result<Pipeline, String> {
     let config = opened.config.clone();
     let read = |path: &str| {
-        let text = files(path)?;
         let named = opened.files.iter().find(|(name, _)| name == path);
         let (_, expected) = named.ok_or("the ledger does not name the file")?;
+        let text = match blobs.get(expected) {
+            Some(bytes) => String::from_utf8(bytes).map_err(|e| e.to_string())?,
+            None => files(path)?,
+        };
         let got = Hash::of(text.as_bytes());
         if got != *expected {
             return Err(format!("the file hashes to {got}, the run's to {expected}"));
@@ -253,24 +257,24 @@ impl<'a> Derivation<'a> {
         entry: &UnitEntry,
         unit: &Unit,
     ) -> Result<Result<(), String>, EngineError> {
-        let output = match output_of(&self.pipeline, entry, unit, self.sources.blobs) {
-            Ok(output) => output,
-            Err(why) => return Ok(Err(why)),
-        };
+        let (output, is_computed) =
+            match output_of(&self.pipeline, entry, unit, self.sources.blobs) {
+                Ok(output) => (output, false),
+                Err(NoOutput::Wrong(why)) => return Ok(Err(why)),
+                // A host drops old results: what they were is what the unit computes.
+                Err(NoOutput::Lost) => match self.compute(entry, unit, &unit.work)? {
+                    Ok(output) => (output, true),
+                    Err(why) => return Ok(Err(why)),
+                },
+            };
         if unit.work.multiply_adds(&output, self.pipeline.model()) != entry.multiply_adds {
             return Ok(Err("the credit is not what the unit costs".into()));
         }
-        if self.sources.recompute == Recompute::All || self.chosen.contains(&sequence) {
-            let Some(job) = self.pipeline.job(entry.path) else { return Ok(Ok(())) };
+        let is_chosen =
+            self.sources.recompute == Recompute::All || self.chosen.contains(&sequence);
+        if is_chosen && !is_computed {
             let work = unit.work.audit(&output);
-            let again = (self.sources.execute)(&job.job.version, &work)?;
-            self.recomputed += 1;
-            let receipt = Hash::of(&encode_output(&again));
-            if receipt != entry.receipt {
-                let why = format!(
-                    "the result is false: the unit computes {receipt}, not {}",
-                    entry.receipt
-                );
+            if let Err(why) = self.compute(entry, unit, &work)? {
                 return Ok(Err(why));
             }
         }
@@ -280,6 +284,27 @@ impl<'a> Derivation<'a> {
         let (first, count) = (entry.first as usize, entry.count as usize);
         let supplied = self.pipeline.supply(entry.path, first, count, output);
         Ok(supplied.map_err(|e| e.to_string()))
+    }
+
+    /// Computes a unit, by itself or as an audit: its output, if the entry's receipt is that.
+    fn compute(
+        &mut self,
+        entry: &UnitEntry,
+        unit: &Unit,
+        work: &Work,
+    ) -> Result<Result<Output, String>, EngineError> {
+        let Some(job) = self.pipeline.job(entry.path) else {
+            return Ok(Err("the run asks for no such unit".into()));
+        };
+        let again = encode_output(&(self.sources.execute)(&job.job.version, work)?);
+        self.recomputed += 1;
+        let receipt = Hash::of(&again);
+        if receipt != entry.receipt {
+            let why =
+                format!("the result is false: the unit computes {receipt}, not {}", entry.receipt);
+            return Ok(Err(why));
+        }
+        Ok(read_output(&self.pipeline, entry, unit, &again))
     }
 
     /// What the ledger says and the run did not come to.

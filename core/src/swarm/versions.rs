@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::swarm::ids::Hash;
+use super::ids::Hash;
+use super::ledger::Entry;
 
 /// Every so many versions a blob makes the weights from nothing.
 pub(super) const FULL_EVERY: u64 = 32;
@@ -24,6 +25,20 @@ pub(super) struct Versions {
 }
 
 impl Versions {
+    /// Takes the next entry of a ledger.
+    pub(super) fn take(&mut self, entry: &Entry) {
+        match entry {
+            Entry::Open { weights, full, .. } => {
+                self.insert(Some(0), *weights, Hash([0; 32]), *full, Some(*full));
+            }
+            Entry::Version { ordinal, update, weights, delta, base, full, .. } => {
+                self.insert((*update == 0).then_some(*ordinal), *weights, *base, *delta, *full);
+            }
+            Entry::RolledBack { ordinal } => self.roll_back(*ordinal),
+            _ => {}
+        }
+    }
+
     /// Adds a version; the first one has a full blob and no base.
     pub(super) fn insert(
         &mut self,
@@ -42,7 +57,7 @@ impl Versions {
     }
 
     /// Forgets which weights stand after a step that was rolled back.
-    pub(super) fn roll_back(&mut self, ordinal: u64) {
+    fn roll_back(&mut self, ordinal: u64) {
         self.by_ordinal.split_off(&(ordinal + 1));
     }
 
