@@ -294,7 +294,12 @@ impl Actor {
 
     fn announce(&mut self, event: StatusEvent) -> Result<()> {
         match &event {
-            StatusEvent::Step { report, .. } => self.step(report)?,
+            StatusEvent::Step { ordinal, report } => {
+                let tokens_per_second = self.step(report)?;
+                self.feed.show_samples(self.coordinator.pipeline().samples().iter());
+                self.feed.publish_step(*ordinal, report.clone(), tokens_per_second);
+                return Ok(());
+            }
             StatusEvent::Evaluation { evaluation, .. } => {
                 self.view.say(&eval_line(&evaluation.report));
                 let line = LogLine::Eval { evaluation: evaluation.clone(), seconds: 0.0 };
@@ -321,7 +326,8 @@ impl Actor {
         Ok(())
     }
 
-    fn step(&mut self, report: &StepReport) -> Result<()> {
+    /// Shows and logs a step; its tokens a second.
+    fn step(&mut self, report: &StepReport) -> Result<f64> {
         let steps = match report.phase {
             Phase::Sft => self.setup.config.sft.as_ref().map_or(0, |s| s.steps),
             _ => self.setup.config.rl.as_ref().map_or(0, |s| s.steps),
@@ -335,7 +341,8 @@ impl Actor {
         self.last_step = Instant::now();
         self.view.step(report, steps, tokens_per_second);
         let (report, seconds) = (Box::new(report.clone()), BTreeMap::new());
-        self.keep.run_dir.append(LOG, &LogLine::Step { report, seconds, tokens_per_second })
+        self.keep.run_dir.append(LOG, &LogLine::Step { report, seconds, tokens_per_second })?;
+        Ok(tokens_per_second)
     }
 
     /// Cuts the log to what the state has behind it.
@@ -365,15 +372,16 @@ impl Actor {
             Phase::Done => self.setup.config.steps(),
         };
         for line in read_log(&self.keep.run_dir)? {
-            self.feed.publish(&match line {
-                LogLine::Step { report, .. } => {
-                    StatusEvent::Step { ordinal: ordinal(report.phase, report.step), report }
+            match line {
+                LogLine::Step { report, tokens_per_second, .. } => {
+                    let ordinal = ordinal(report.phase, report.step);
+                    self.feed.publish_step(ordinal, report, tokens_per_second);
                 }
-                LogLine::Eval { evaluation, .. } => StatusEvent::Evaluation {
-                    ordinal: ordinal(evaluation.phase, evaluation.step),
-                    evaluation,
-                },
-            });
+                LogLine::Eval { evaluation, .. } => {
+                    let ordinal = ordinal(evaluation.phase, evaluation.step);
+                    self.feed.publish(&StatusEvent::Evaluation { ordinal, evaluation });
+                }
+            }
         }
         Ok(())
     }

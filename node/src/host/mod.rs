@@ -4,10 +4,11 @@
 //! disk, the own engine that audits, and whoever watches. Start at [`run`], then `actor`.
 
 mod actor;
+mod address;
 mod auditor;
 mod keep;
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -21,6 +22,9 @@ use manyhands_core::swarm::protocol::PeerAddress;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
+pub use address::AddressArgs;
+use address::Place;
+
 use crate::blobs::BlobStore;
 use crate::cli::{program, runs_dir};
 use crate::http::{self, AdminToken, Feed, HttpState};
@@ -30,8 +34,6 @@ use crate::storage::Storage;
 use crate::store::{read_bounded, write_atomic};
 use crate::train::{open_problems, parse_run};
 
-/// Port of dashboard and API, unless it is taken.
-const HTTP_PORT: u16 = 8420;
 /// Disk for blobs that are served.
 const BLOB_BYTES_MAX: u64 = 64 << 30;
 /// Largest run file.
@@ -51,9 +53,6 @@ pub struct HostArgs {
     /// Directory of the run [default: runs/NAME].
     #[arg(long)]
     pub dir: Option<PathBuf>,
-    /// Where the dashboard and the API are served [default: 0.0.0.0:8420, or a free port].
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    pub http: Option<SocketAddr>,
     /// Address that volunteers dial; ports are chosen freely.
     #[arg(long, default_value = "0.0.0.0")]
     pub listen: IpAddr,
@@ -66,6 +65,9 @@ pub struct HostArgs {
     /// Write a summary of the complete run to this file, as JSON. Implies --once.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// How others reach it.
+    #[command(flatten)]
+    pub address: AddressArgs,
 }
 
 /// What `/api/manifest` says: all that it takes to join.
@@ -108,6 +110,7 @@ async fn host(args: &HostArgs, config: &RunConfig, base: &Path) -> Result<ExitCo
         listen: addresses,
         limits: Limits::default(),
         blobs: Some(blobs.clone()),
+        trust: Vec::new(),
     };
     // The same ports as before, so that volunteers find their way back by themselves.
     let before = listened(&dir, args.listen);
@@ -120,14 +123,14 @@ async fn host(args: &HostArgs, config: &RunConfig, base: &Path) -> Result<ExitCo
         None => Net::start(listen(any_port(args.listen)?)).await?,
     };
     remember(&dir, &net)?;
-    let listener = bind(args).await?;
-    let http_address = listener.local_addr()?;
-    let own = PeerAddress {
-        peer: net.key(),
-        addresses: net.addresses().iter().map(ToString::to_string).collect(),
-    };
+    let place = Place::open(&args.address, args.listen, &dir).await?;
+    let url = place.url.clone();
+    let peer_id = identity.keypair().public().to_peer_id();
+    let tunnel = address::tunnel(&url, peer_id);
+    let addresses = net.addresses().into_iter().chain(tunnel);
+    let own =
+        PeerAddress { peer: net.key(), addresses: addresses.map(|a| a.to_string()).collect() };
     let keep = keep::Keep::open(&dir, storage.clone(), blobs)?;
-    let url = format!("http://{}:{}", reachable(http_address.ip()), http_address.port());
     let (admin, commands) = mpsc::channel(http::ADMIN_QUEUE_MAX);
     let (status, shown) = watch::channel(Arc::default());
     let feed = Arc::new(Feed::default());
@@ -147,7 +150,7 @@ async fn host(args: &HostArgs, config: &RunConfig, base: &Path) -> Result<ExitCo
     let manifest = serde_json::to_vec(&actor.manifest())?;
     write_atomic(&dir.join(URL_FILE), url.as_bytes())?;
     eprintln!("run        {} ({})", actor.run(), config.name);
-    eprintln!("dashboard  {url}");
+    eprintln!("page       {url}");
     eprintln!("join       {} join {url}", program());
     eprintln!(
         "operator   the token for pausing and stopping is in {}",
@@ -172,7 +175,8 @@ async fn host(args: &HostArgs, config: &RunConfig, base: &Path) -> Result<ExitCo
         token,
     };
     let (_running, ended) = tokio::sync::oneshot::channel::<()>();
-    let served = tokio::spawn(http::serve(listener, state, async move {
+    let (listener, tls) = place.start();
+    let served = tokio::spawn(http::serve(listener, state, tls, async move {
         let _ = ended.await;
     }));
     let code = actor.run_until_done(net_events, commands).await;
@@ -205,30 +209,6 @@ fn remember(dir: &Path, net: &Net) -> Result<()> {
 
 fn family(ip: IpAddr) -> &'static str {
     if ip.is_ipv4() { "ip4" } else { "ip6" }
-}
-
-/// The address under which others reach an unspecified one.
-fn reachable(ip: IpAddr) -> IpAddr {
-    if !ip.is_unspecified() {
-        return ip;
-    }
-    // Nothing is sent: connecting a datagram socket only asks which interface would be used.
-    let local = UdpSocket::bind("0.0.0.0:0").and_then(|s| {
-        s.connect("192.0.2.1:9")?;
-        s.local_addr()
-    });
-    local.map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |a| a.ip())
-}
-
-async fn bind(args: &HostArgs) -> Result<tokio::net::TcpListener> {
-    let Some(address) = args.http else {
-        let any = SocketAddr::from((args.listen, HTTP_PORT));
-        return match http::bind(any).await {
-            Ok(listener) => Ok(listener),
-            Err(_) => http::bind(SocketAddr::from((args.listen, 0))).await,
-        };
-    };
-    http::bind(address).await
 }
 
 /// Path and content hash of the problem files of a run.

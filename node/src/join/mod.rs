@@ -3,6 +3,7 @@
 //! The volunteer of `core` decides; this dials, computes in a `worker` thread, and listens to the
 //! machine's owner.
 
+mod manifest;
 pub mod receipts;
 mod worker;
 
@@ -14,14 +15,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use manyhands_core::swarm::ids::PeerKey;
-use manyhands_core::swarm::protocol::{PROTOCOL, PeerAddress, Request, Response};
+use manyhands_core::swarm::protocol::{PeerAddress, Request, Response};
 use manyhands_core::swarm::volunteer::{Effect, Event, Volunteer};
 use tokio::sync::mpsc;
 
 use crate::blobs::BlobStore;
 use crate::cli::EngineArgs;
 use crate::donor::{self, Decision, Donor, DonorPolicy, Signals, WaitReason};
-use crate::host::Manifest;
 use crate::identity::Identity;
 use crate::net::{Limits, Net, NetConfig, NetEvent};
 use receipts::Receipts;
@@ -34,14 +34,15 @@ const EVENTS_MAX: usize = 64;
 const TICK: Duration = Duration::from_millis(500);
 /// Between two plain lines of progress.
 const SHOW: Duration = Duration::from_secs(10);
-/// Largest manifest.
-const MANIFEST_BYTES_MAX: u64 = 1 << 20;
 
 /// Arguments of `join`.
 #[derive(Clone, Debug, Args)]
 pub struct JoinArgs {
     /// The address that the host printed.
     pub url: String,
+    /// Trust this certificate authority (PEM) for https, instead of those that the system trusts.
+    #[arg(long, value_name = "FILE")]
+    pub ca: Option<PathBuf>,
     /// Directory of this volunteer: its key and receipts [default: in the user's state directory].
     #[arg(long)]
     pub dir: Option<PathBuf>,
@@ -66,34 +67,13 @@ pub fn run(args: &JoinArgs) -> Result<ExitCode> {
     result
 }
 
-/// Reads where the run can be joined.
-fn manifest(url: &str) -> Result<Manifest> {
-    let url = url.trim_end_matches('/');
-    if !url.starts_with("http://") && !url.starts_with("https://") {
-        bail!(
-            "{url:?} is no address of a run; it begins with http:// or https://, as the host printed it"
-        );
-    }
-    let agent: ureq::Agent =
-        ureq::Agent::config_builder().timeout_global(Some(Duration::from_secs(20))).build().into();
-    let mut answer = agent.get(format!("{url}/api/manifest")).call().with_context(|| {
-        format!("cannot reach {url}; check the address, and that the host is running and reachable from here")
-    })?;
-    let text = answer.body_mut().with_config().limit(MANIFEST_BYTES_MAX).read_to_string();
-    let manifest: Manifest = serde_json::from_str(&text?)
-        .with_context(|| format!("{url} is no coordination peer of this program's version"))?;
-    if manifest.protocol != PROTOCOL {
-        let theirs = manifest.protocol;
-        bail!("the host speaks protocol {theirs}, this program {PROTOCOL}; use the same version");
-    }
-    Ok(manifest)
-}
-
 async fn join(args: &JoinArgs) -> Result<ExitCode> {
     let dir = args.dir.clone().unwrap_or_else(donor::default_dir);
     let mut donor = Donor::open(&dir, args.policy.clone())?;
     let url = args.url.clone();
-    let manifest = tokio::task::spawn_blocking(move || manifest(&url)).await??;
+    let trust = manifest::trusted(&args.url, args.ca.as_deref())?;
+    let trusted = trust.clone();
+    let manifest = tokio::task::spawn_blocking(move || manifest::read(&url, &trusted)).await??;
     for warning in donor.warnings() {
         eprintln!("warning: {warning}");
     }
@@ -105,6 +85,7 @@ async fn join(args: &JoinArgs) -> Result<ExitCode> {
         listen: Vec::new(),
         limits: Limits::default(),
         blobs: None,
+        trust,
     })
     .await?;
     eprintln!("joining    {} ({})", manifest.run, manifest.name);
