@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use manyhands_node::http::{CertificateFiles, Tls, acme_config, bind, serve};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, date_time_ymd};
-use rustls::pki_types::{CertificateDer, ServerName};
+use rcgen::{BasicConstraints, Certificate, CertificateParams, IsCa, KeyPair, date_time_ymd};
+use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, RootCertStore};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -19,8 +19,7 @@ use crate::support::peer;
 struct Authority {
     dir: TempDir,
     key: KeyPair,
-    params: CertificateParams,
-    root: CertificateDer<'static>,
+    root: Certificate,
 }
 
 /// In which years a certificate is good.
@@ -31,8 +30,8 @@ impl Authority {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let root = params.self_signed(&key).unwrap().der().clone();
-        Self { dir: tempfile::tempdir().unwrap(), key, params, root }
+        let root = params.self_signed(&key).unwrap();
+        Self { dir: tempfile::tempdir().unwrap(), key, root }
     }
 
     /// Files with a certificate for `localhost` and its key.
@@ -41,8 +40,7 @@ impl Authority {
         params.not_before = date_time_ymd(from, 1, 1);
         params.not_after = date_time_ymd(until, 1, 1);
         let key = KeyPair::generate().unwrap();
-        let issuer = self.params.clone().self_signed(&self.key).unwrap();
-        let signed = params.signed_by(&key, &issuer, &self.key).unwrap();
+        let signed = params.signed_by(&key, &self.root, &self.key).unwrap();
         let (c, k) = (self.path(&format!("{name}.pem")), self.path(&format!("{name}.key")));
         fs::write(&c, signed.pem()).unwrap();
         fs::write(&k, key.serialize_pem()).unwrap();
@@ -56,7 +54,7 @@ impl Authority {
     /// Asks over https, trusting this authority only.
     async fn get(&self, address: std::net::SocketAddr, path: &str) -> std::io::Result<String> {
         let mut roots = RootCertStore::empty();
-        roots.add(self.root.clone()).unwrap();
+        roots.add(self.root.der().clone()).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let config = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()

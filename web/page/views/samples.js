@@ -11,9 +11,13 @@ const LEVELS = 6;
 
 const SHADES = [["entropy", "Entropy"], ["advantage", "Advantage"], ["none", "None"]];
 
+const right = (group) => group.rollouts.filter((r) => r.reward >= 1).length;
+
 export class Samples {
   root = h("div");
+  // What the person chose; until then the first group with right and wrong answers is shown.
   #chosen = null;
+  #first = 0;
   #shade = "entropy";
   // Shown groups stay while the person reads; newer ones are a button away.
   #groups = [];
@@ -42,6 +46,7 @@ export class Samples {
   #renew() {
     this.#groups = [...run.samples.groups].reverse();
     this.#chosen = null;
+    this.#first = Math.max(0, this.#groups.findIndex((g) => right(g) > 0 && right(g) < g.rollouts.length));
     this.#more.hidden = true;
     this.#show();
   }
@@ -57,10 +62,9 @@ export class Samples {
       this.#body.replaceChildren(h("p", { class: "quiet" }, "None yet. They appear when a step of reinforcement learning is done after the host was started."));
       return;
     }
-    const right = (g) => g.rollouts.filter((r) => r.reward >= 1).length;
     this.#list.replaceChildren(...this.#groups.map((g, i) => h("li", {},
-      h("button", { type: "button", "aria-pressed": String(i === (this.#chosen ?? 0)), click: () => this.#choose(i) },
-        h("span", { class: "mono" }, g.problem), h("span", { class: "quiet" }, `step ${whole(g.step)} · ${right(g)} of ${g.rollouts.length} right`)))));
+      h("button", { type: "button", "aria-pressed": String(i === (this.#chosen ?? this.#first)), click: () => this.#choose(i) },
+        h("span", { class: "mono" }, g.problem), h("span", { class: "quiet" }, `step ${whole(g.step)} · ${right(g)} right, ${g.rollouts.length - right(g)} wrong`)))));
     this.#body.replaceChildren(
       h("div", { class: "row" }, this.#shades, this.#scale, this.#more), h("br"),
       h("div", { class: "samples" }, this.#list, this.#detail));
@@ -74,7 +78,7 @@ export class Samples {
   }
 
   #showGroup() {
-    const g = this.#groups[this.#chosen ?? 0];
+    const g = this.#groups[this.#chosen ?? this.#first];
     if (!g) return;
     const words = { entropy: ["certain", "entropy", "undecided"], advantage: ["discouraged", "advantage", "encouraged"] }[this.#shade];
     this.#scale.replaceChildren(...(words ? [words[0], h("i", { class: words[1] }), words[2]] : []));
