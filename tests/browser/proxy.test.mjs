@@ -2,32 +2,19 @@
 // A browser sees a secure page, and a native volunteer joins through the one port that is open.
 
 import assert from "node:assert/strict";
-import { execFileSync, spawn } from "node:child_process";
-import { createHash, X509Certificate } from "node:crypto";
-import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { spawn } from "node:child_process";
+import { existsSync, mkdirSync, writeFileSync } from "node:fs";
 import { connect } from "node:net";
 import { join } from "node:path";
 import { test } from "node:test";
 
 import { RUN } from "./page-run.mjs";
+import { Authority } from "./pki.mjs";
 import { directory, free, run, startBrowser, startHost, startVolunteer, until } from "./support.mjs";
 
 const NAME = "localhost";
 // Debian keeps it where only administrators look.
 const NGINX = existsSync("/usr/sbin/nginx") ? "/usr/sbin/nginx" : "nginx";
-
-// An authority, a certificate for localhost, and how Chromium is told to trust just that key.
-function authority(dir) {
-  const openssl = (...args) => execFileSync("openssl", args, { cwd: dir, stdio: ["ignore", "pipe", "pipe"] });
-  openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
-    "-subj", "/CN=test authority", "-keyout", "ca.key", "-out", "ca.pem");
-  openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", `/CN=${NAME}`, "-keyout", "host.key", "-out", "host.csr");
-  writeFileSync(join(dir, "ext"), `subjectAltName=DNS:${NAME}\n`);
-  openssl("x509", "-req", "-in", "host.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "ext", "-out", "host.pem");
-  const { publicKey } = new X509Certificate(readFileSync(join(dir, "host.pem")));
-  const spki = createHash("sha256").update(publicKey.export({ type: "spki", format: "der" })).digest("base64");
-  return { ca: join(dir, "ca.pem"), certificate: join(dir, "host.pem"), key: join(dir, "host.key"), spki };
-}
 
 function runFile(dir) {
   const file = join(dir, "run.toml");
@@ -95,7 +82,8 @@ async function look(t, url, spki) {
 
 test("a host with a certificate serves https, and a volunteer joins with --ca", async (t) => {
   const dir = directory(t);
-  const pki = authority(dir);
+  const authority = new Authority(dir);
+  const pki = authority.issue(NAME);
   const host = await startHost({
     runFile: runFile(dir), dir: join(dir, "host"), args: ["--tls-cert", pki.certificate, "--tls-key", pki.key],
   });
@@ -104,7 +92,7 @@ test("a host with a certificate serves https, and a volunteer joins with --ca", 
   const stranger = await run(["join", host.url.trim(), "--dir", join(dir, "stranger")]);
   assert.equal(stranger.code, 1);
   assert.match(stranger.err, /--ca/);
-  const volunteer = startVolunteer({ url: host.url.trim(), dir: join(dir, "volunteer"), args: ["--ca", pki.ca] });
+  const volunteer = startVolunteer({ url: host.url.trim(), dir: join(dir, "volunteer"), args: ["--ca", authority.ca] });
   t.after(() => volunteer.stop());
   await volunteer.ended;
   await look(t, host.url.trim(), pki.spki);
@@ -112,7 +100,8 @@ test("a host with a certificate serves https, and a volunteer joins with --ca", 
 
 test("behind nginx the page is secure, and a volunteer joins through its port alone", async (t) => {
   const dir = directory(t);
-  const pki = authority(dir);
+  const authority = new Authority(dir);
+  const pki = authority.issue(NAME);
   const port = await free();
   const url = `https://${NAME}:${port}`;
   const inner = await free();
@@ -129,7 +118,7 @@ test("behind nginx the page is secure, and a volunteer joins through its port al
   writeFileSync(join(dir, "manifest.json"), JSON.stringify({ ...manifest, peers: [{ ...peer, addresses: through }] }));
   await startNginx(t, dir, port, `http://127.0.0.1:${inner}`, pki);
   await until("nginx listens", () => listens(port));
-  const volunteer = startVolunteer({ url: `${url}/tunnel`, dir: join(dir, "volunteer"), args: ["--ca", pki.ca] });
+  const volunteer = startVolunteer({ url: `${url}/tunnel`, dir: join(dir, "volunteer"), args: ["--ca", authority.ca] });
   t.after(() => volunteer.stop());
   await volunteer.ended;
   await until("the run is complete", async () => {
