@@ -4,6 +4,9 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     quiet_device_select();
+    // Several parts of the program bring a provider of cryptography for TLS; without a word it
+    // would be left open which one counts.
+    rustls::crypto::ring::default_provider().install_default().ok();
     match manyhands_node::cli::run() {
         Ok(code) => code,
         Err(error) => {

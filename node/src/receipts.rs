@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::donor;
 use crate::join::receipts::{RECEIPTS_FILE, Receipt};
-use crate::remote::{Remote, RemoteRecords, is_url};
+use crate::remote::{Remote, RemoteRecords, is_url, trusted};
 use crate::replay::{Records, open_ledger};
 use crate::store::read_bounded;
 
@@ -29,6 +29,9 @@ pub struct ReceiptsArgs {
     /// checked, and then searched.
     #[arg(long, value_name = "DIR|URL")]
     ledger: String,
+    /// Trust this certificate authority (PEM) for https, instead of those that the system trusts.
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -65,7 +68,7 @@ pub fn run(args: &ReceiptsArgs) -> Result<ExitCode> {
     let dir = args.dir.clone().unwrap_or_else(donor::default_dir);
     let receipts = read(&dir.join(RECEIPTS_FILE))?;
     let found = if is_url(&args.ledger) {
-        let remote = Remote::new(&args.ledger)?;
+        let remote = Remote::new(&args.ledger, &trusted(&args.ledger, args.ca.as_deref())?)?;
         let mut records = RemoteRecords::new(&remote);
         let found = check(&receipts, &mut records);
         records.error.map_or(Ok(()), Err).context("cannot read the ledger")?;

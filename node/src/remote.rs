@@ -4,6 +4,8 @@
 //! hash.
 
 use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Error, Result, bail, ensure};
@@ -12,10 +14,12 @@ use manyhands_core::swarm::chunks::BLOB_BYTES_MAX;
 use manyhands_core::swarm::coordinator::Blobs;
 use manyhands_core::swarm::ids::Hash;
 use manyhands_core::swarm::protocol::PROTOCOL;
+use rustls::pki_types::CertificateDer;
 use ureq::Agent;
+use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
 use crate::host::Manifest;
-use crate::http::RECORDS_PAGE_BYTES_MAX;
+use crate::http::{RECORDS_PAGE_BYTES_MAX, read_certificates};
 
 /// In which a small answer is there, and a large one has begun.
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -32,18 +36,27 @@ pub struct Remote {
 }
 
 impl Remote {
-    /// The peer at `url`; nothing is sent yet.
+    /// The peer at `url`; nothing is sent yet. `trust` are the certificate authorities for https;
+    /// if there are none, the program's own list counts.
     ///
     /// # Errors
     /// When that is no address of a run.
-    pub fn new(url: &str) -> Result<Self> {
+    pub fn new(url: &str, trust: &[CertificateDer<'_>]) -> Result<Self> {
         let url = url.trim_end_matches('/').to_string();
         if !is_url(&url) {
             bail!(
                 "{url:?} is no address of a run; it begins with http:// or https://, as the host printed it"
             );
         }
+        let roots = match trust {
+            [] => RootCerts::WebPki,
+            some => {
+                let own = some.iter().map(|c| Certificate::from_der(c).to_owned());
+                RootCerts::Specific(Arc::new(own.collect()))
+            }
+        };
         let agent = Agent::config_builder()
+            .tls_config(TlsConfig::builder().root_certs(roots).build())
             .timeout_recv_response(Some(TIMEOUT))
             .timeout_connect(Some(TIMEOUT))
             .timeout_global(Some(BLOB_TIMEOUT))
@@ -80,7 +93,7 @@ impl Remote {
     /// # Errors
     /// When it cannot be reached.
     pub fn records(&self, from: u64) -> Result<Vec<Vec<u8>>> {
-        let path = format!("/api/records?from={from}");
+        let path = format!("/api/ledger/raw?from={from}");
         let bytes = self.get(&path, (RECORDS_PAGE_BYTES_MAX + RECORD_BYTES_MAX) as u64)?;
         let bytes = bytes.with_context(|| format!("{} serves no records", self.url))?;
         split(&bytes).with_context(|| format!("{} sent what are no records", self.url))
@@ -101,9 +114,7 @@ impl Remote {
     /// The body of an answer; `None` where there is no such thing.
     fn get(&self, path: &str, bytes_max: u64) -> Result<Option<Vec<u8>>> {
         let url = &self.url;
-        let mut answer = self.agent.get(format!("{url}{path}")).call().with_context(|| {
-            format!("cannot reach {url}; check the address, and that the host is running and reachable from here")
-        })?;
+        let mut answer = self.agent.get(format!("{url}{path}")).call().map_err(explain(url))?;
         match answer.status().as_u16() {
             200 => {}
             404 => return Ok(None),
@@ -117,12 +128,38 @@ impl Remote {
     }
 }
 
+/// Certificate authorities for https: those of the file if there is one, else those that the system
+/// trusts.
+pub fn trusted(url: &str, ca: Option<&Path>) -> Result<Vec<CertificateDer<'static>>> {
+    match ca {
+        Some(path) => read_certificates(path),
+        None if url.starts_with("https://") => Ok(rustls_native_certs::load_native_certs().certs),
+        None => Ok(Vec::new()),
+    }
+}
+
+/// What a failed request means and what to do.
+fn explain(url: &str) -> impl Fn(ureq::Error) -> Error {
+    let url = url.to_string();
+    move |error| {
+        let text = error.to_string();
+        let advice = if text.contains("UnknownIssuer") {
+            "its certificate is from an authority that this machine does not trust; give that authority's certificate with --ca"
+        } else if text.contains("certificate") {
+            "its certificate is not good; the operator can say why"
+        } else {
+            "check the address, and that the host is running and reachable from here"
+        };
+        Error::from(error).context(format!("cannot reach {url}; {advice}"))
+    }
+}
+
 /// Whether an argument is the address of a peer, and no directory.
 pub fn is_url(text: &str) -> bool {
     text.starts_with("http://") || text.starts_with("https://")
 }
 
-/// Records as `/api/records` sends them: each a 4-byte length and its bytes.
+/// Records as `/api/ledger/raw` sends them: each a 4-byte length and its bytes.
 fn split(mut bytes: &[u8]) -> Option<Vec<Vec<u8>>> {
     let mut records = Vec::new();
     while !bytes.is_empty() {
@@ -199,9 +236,9 @@ mod tests {
     #[test]
     fn address_that_is_none_is_refused_with_a_hint() {
         for bad in ["localhost:8420", "runs/demo", "ftp://x", ""] {
-            let error = Remote::new(bad).unwrap_err().to_string();
+            let error = Remote::new(bad, &[]).unwrap_err().to_string();
             assert!(error.contains("http://"), "{error}");
         }
-        assert_eq!(Remote::new("http://h:1/").unwrap().url(), "http://h:1");
+        assert_eq!(Remote::new("http://h:1/", &[]).unwrap().url(), "http://h:1");
     }
 }

@@ -19,7 +19,7 @@ use manyhands_core::swarm::ids::Hash;
 use manyhands_core::swarm::replay::{Recompute, Replay, Sources, replay};
 
 use crate::engines::thread_count;
-use crate::remote::{Remote, RemoteRecords, is_url};
+use crate::remote::{Remote, RemoteRecords, is_url, trusted};
 use crate::storage::{RECORDS_READ_MAX, STORAGE_FILE, Storage};
 use crate::store::read_bounded;
 
@@ -65,6 +65,9 @@ pub struct ReplayArgs {
     /// Threads; 0 takes all cores.
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// Trust this certificate authority (PEM) for https, instead of those that the system trusts.
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -77,7 +80,7 @@ pub fn run(args: &ReplayArgs) -> Result<ExitCode> {
         None => getrandom::u64().map_err(std::io::Error::from)?,
     };
     let found = if is_url(&args.source) {
-        let remote = Remote::new(&args.source)?;
+        let remote = Remote::new(&args.source, &trusted(&args.source, args.ca.as_deref())?)?;
         let mut records = RemoteRecords::new(&remote);
         let found = derive(args, seed, &mut records, &remote);
         records.error.map_or(Ok(()), Err).context("cannot read the ledger")?;

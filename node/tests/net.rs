@@ -361,7 +361,8 @@ async fn port_that_is_taken_is_a_clear_error() {
         taken.pop();
         let identity = Identity::from_seed([2; 32]);
         let limits = Limits::default();
-        let config = NetConfig { identity, listen: vec![taken], limits, blobs: None };
+        let config =
+            NetConfig { identity, listen: vec![taken], limits, blobs: None, trust: Vec::new() };
         let error = format!("{:#}", Net::start(config).await.unwrap_err());
         assert!(error.contains("another program"), "{transport}: {error}");
     }

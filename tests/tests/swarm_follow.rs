@@ -56,8 +56,7 @@ fn follower_derives_what_the_coordinator_publishes_through_roll_backs() {
     let (solo, mut restarts) = (lab.solo, 0);
     for seed in 0..6 {
         let honest = Profile { speed: 2e6, ..Profile::default() };
-        let liar =
-            Profile { speed: 8e6, attack: Some(Attack::EarlyEnd), ..Profile::default() };
+        let liar = Profile { speed: 8e6, attack: Some(Attack::EarlyEnd), ..Profile::default() };
         let mut world = World::new(&mut lab, seed, vec![honest.clone(), honest, liar]);
         world.follow(Mirror::new(0));
         assert_eq!(world.run(LIMIT_MS), solo, "seed {seed}");
@@ -87,8 +86,15 @@ fn follower_refuses_weights_that_the_units_do_not_lead_to() {
         let record = verifier.push(bytes).unwrap();
         if let Entry::Version { ordinal, update: 0, delta, delta_bytes, base, .. } = record.entry {
             let weights = Hash([1; 32]);
-            let entry =
-                Entry::Version { ordinal, update: 0, weights, delta, delta_bytes, base, full: None };
+            let entry = Entry::Version {
+                ordinal,
+                update: 0,
+                weights,
+                delta,
+                delta_bytes,
+                base,
+                full: None,
+            };
             let (_, lie) = Writer::after(&before, World::secret()).append(0, entry);
             let refused = mirror.take(&lab, &lie, &blobs).unwrap_err();
             assert!(matches!(refused, FollowError::OtherWeights { .. }), "{refused}");

@@ -50,9 +50,39 @@ pub fn decode(tokens: &[u32]) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
+/// The text of each token, which together are the text of all. A character that takes several
+/// tokens belongs to the last of them; begin and end have none.
+pub fn pieces(tokens: &[u32]) -> Vec<String> {
+    let mut pending = Vec::new();
+    let mut out = Vec::with_capacity(tokens.len());
+    for (i, &token) in tokens.iter().enumerate() {
+        if token > END {
+            pending.push(u8::try_from(token).unwrap_or(b'?'));
+        }
+        let is_cut = std::str::from_utf8(&pending).is_err_and(|e| e.error_len().is_none());
+        let waits = is_cut && i + 1 < tokens.len();
+        out.push(if waits {
+            String::new()
+        } else {
+            String::from_utf8_lossy(&std::mem::take(&mut pending)).into_owned()
+        });
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pieces_join_to_the_text_and_keep_characters_whole() {
+        let tokens = [BEGIN, 97, 0xc3, 0xa9, 98, END];
+        assert_eq!(pieces(&tokens), ["", "a", "", "é", "b", ""]);
+        for tokens in [&[0xff, 97][..], &[97, 0xc3], &[0xc3, 97, 0xa9], &[0xe2, 0x82, 0xac], &[]] {
+            assert_eq!(pieces(tokens).concat(), decode(tokens), "{tokens:x?}");
+            assert_eq!(pieces(tokens).len(), tokens.len());
+        }
+    }
 
     #[test]
     fn encode_decode_round_trips_and_refuses_what_it_cannot_spell() {

@@ -3,7 +3,8 @@
 //! [`config`] is the file, [`problems`] what it draws on, [`state`] all that changes from step to
 //! step. [`pipeline`] turns a state into [`job`]s and their outputs into the next state, without an
 //! engine; [`execute`](mod@execute) computes a job's [`work`]; [`trainer`] joins the two on one
-//! machine. [`evaluate`](mod@evaluate) is the honest measure, [`report`] what is logged.
+//! machine. [`evaluate`](mod@evaluate) is the honest measure, [`report`] what is logged,
+//! [`samples`] what people read.
 
 pub mod config;
 pub mod evaluate;
@@ -13,6 +14,7 @@ pub mod pipeline;
 pub mod problems;
 pub mod report;
 pub mod rollout;
+pub mod samples;
 pub mod state;
 pub mod trainer;
 pub mod work;

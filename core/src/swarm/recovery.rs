@@ -120,11 +120,7 @@ fn open(record: &Record, config_json: &str) -> Result<(), RecoverError> {
 
 /// Lets one unit of the ledger enter again; `false` if it is there already, is not what the run
 /// asks for, or its blob is lost, in which case it is computed again.
-pub(super) fn supply_again(
-    pipeline: &mut Pipeline,
-    entry: &UnitEntry,
-    blobs: &dyn Blobs,
-) -> bool {
+pub(super) fn supply_again(pipeline: &mut Pipeline, entry: &UnitEntry, blobs: &dyn Blobs) -> bool {
     let unit = unit_of(pipeline, entry).filter(|_| is_missing(pipeline, entry));
     let Some(unit) = unit else { return false };
     let Ok(output) = output_of(pipeline, entry, &unit, blobs) else { return false };

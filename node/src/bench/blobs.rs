@@ -174,6 +174,7 @@ impl Pair {
             listen,
             limits: Limits::default(),
             blobs,
+            trust: Vec::new(),
         };
         let listen = vec![listen.parse().context("cannot read an address")?];
         let (server, events) = Net::start(config(1, listen, Some(Arc::new(blobs)))).await?;

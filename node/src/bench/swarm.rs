@@ -53,8 +53,7 @@ pub(super) fn run(table: &mut Table, threads: usize) -> Result<()> {
     let solo = train(&config, Path::new("."), &scratch.path.join("solo"), &engine(threads), "")?;
     let solo_s = started.elapsed().as_secs_f64();
     let solo = solo.context("interrupted")?;
-    let swarm =
-        LocalSwarm { honest: threads, attack: None, engine: engine(1), shows: false };
+    let swarm = LocalSwarm { honest: threads, attack: None, engine: engine(1), shows: false };
     let started = Instant::now();
     let summary = swarm.run(&config, &scratch.path.join("swarm"))?.context("interrupted")?;
     let swarm_s = started.elapsed().as_secs_f64();

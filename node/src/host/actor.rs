@@ -267,7 +267,9 @@ impl Actor {
             Effect::Execute(execution) => {
                 self.auditor.send(execution).ok().context("the auditor has ended")?;
             }
-            Effect::Announce(event) => self.tell.announce(&event)?,
+            Effect::Announce(event) => {
+                self.tell.announce(&event, self.coordinator.pipeline())?;
+            }
             Effect::Restart => {
                 self.coordinator = recover(&self.setup, &self.keep, self.started)?;
                 self.tell.adopt_log(self.coordinator.pipeline().state())?;

@@ -27,7 +27,7 @@ use crate::blobs::BlobStore;
 use crate::cli::{program, runs_dir};
 use crate::http::{AdminAction, TOKEN_FILE};
 use crate::net::{Net, NetEvent, ReplyTo};
-use crate::remote::Remote;
+use crate::remote::{Remote, trusted};
 use crate::storage::Storage;
 use crate::store::read_bounded;
 
@@ -56,19 +56,21 @@ enum Mirrored {
 /// Follows until it is told to end.
 pub(super) async fn follow(args: &HostArgs, url: &str) -> Result<ExitCode> {
     let token = read_token(args.token.as_deref())?;
-    let remote = Remote::new(url)?;
+    let trust = trusted(url, args.ca.as_deref())?;
+    let remote = Remote::new(url, &trust)?;
     let asked = remote.clone();
     let manifest = tokio::task::spawn_blocking(move || asked.manifest()).await??;
     let default = || runs_dir().join(format!("{}-follower", manifest.name));
     let dir: PathBuf = args.dir.clone().unwrap_or_else(default);
-    let place = Place::open(args, &dir).await?;
+    let place = Place::open(args, &dir, trust).await?;
     let mut keep = Keep::open(&dir, place.storage.clone(), place.blobs.clone())?;
     begin(&mut keep, &remote, &manifest).await?;
     let run = Run::from_ledger(&place.storage, &place.blobs)?;
-    let served = serve::start(place.listener, &place.storage, &place.blobs, place.token.clone());
+    let site_url = place.site.url.clone();
+    let served = serve::start(place.site, &place.storage, &place.blobs, place.token.clone());
     let name = run.config.name.clone();
     eprintln!("following  {} ({name}) at {}", manifest.run, remote.url());
-    place::announce(&dir, &place.url)?;
+    place::announce(&dir, &site_url)?;
     let mut tell = Teller::new(run.config.clone(), keep.run_dir.clone(), served.feed);
     let follower = start(&run, &keep)?;
     tell.adopt_log(follower.pipeline().state())?;
@@ -87,7 +89,7 @@ pub(super) async fn follow(args: &HostArgs, url: &str) -> Result<ExitCode> {
         token,
         coordinator: manifest.peers,
         own: place.own,
-        url: place.url,
+        url: site_url,
         dir,
         lost: None,
     };
@@ -194,8 +196,7 @@ fn mirror(
 
 fn start(run: &Run, keep: &Keep) -> Result<Follower> {
     let (config, problems) = (run.config.clone(), run.problems.clone());
-    let follower =
-        Follower::start(config, problems, &mut keep.ledger(), &keep.snapshots()?, keep)?;
+    let follower = Follower::start(config, problems, &mut keep.ledger(), &keep.snapshots()?, keep)?;
     Ok(follower)
 }
 
@@ -313,7 +314,9 @@ impl Peer {
         checked.push(bytes);
         for effect in effects {
             match effect {
-                Effect::Announce(event) => self.tell.announce(&event)?,
+                Effect::Announce(event) => {
+                    self.tell.announce(&event, self.follower.pipeline())?;
+                }
                 Effect::Snapshot { ordinal, files } => {
                     // A state rests on records: they are kept before it.
                     self.keep.persist(Vec::new(), std::mem::take(checked))?;

@@ -30,7 +30,6 @@ const PRUNED_RECORDS_MAX: usize = 512;
 /// Bytes of ledger in one answer.
 const PAGE_BYTES_MAX: usize = 4 << 20;
 
-
 /// Everything on disk.
 pub(super) struct Keep {
     pub(super) storage: Arc<Storage>,

@@ -5,6 +5,7 @@
 //! is a peer that mirrors another one and could go on in its place.
 
 mod actor;
+mod address;
 mod auditor;
 mod follow;
 mod keep;
@@ -12,7 +13,7 @@ mod place;
 mod serve;
 mod teller;
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -36,6 +37,7 @@ use crate::train::{open_problems, parse_run};
 use keep::find;
 use place::Place;
 
+pub use address::AddressArgs;
 pub use place::URL_FILE;
 
 /// Largest run file.
@@ -63,12 +65,13 @@ pub struct HostArgs {
     /// [default: the environment's MANYHANDS_TOKEN].
     #[arg(long, value_name = "FILE", requires = "follow")]
     pub token: Option<PathBuf>,
+    /// Trust this certificate authority (PEM) when following a host by https, instead of those
+    /// that the system trusts.
+    #[arg(long, value_name = "FILE", requires = "follow")]
+    pub ca: Option<PathBuf>,
     /// Go on with the run that --dir followed, because its host is lost for good.
     #[arg(long, requires = "dir")]
     pub promote: bool,
-    /// Where the dashboard and the API are served [default: 0.0.0.0:8420, or a free port].
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    pub http: Option<SocketAddr>,
     /// Address that volunteers dial; ports are chosen freely.
     #[arg(long, default_value = "0.0.0.0")]
     pub listen: IpAddr,
@@ -85,6 +88,9 @@ pub struct HostArgs {
     /// Write a summary of the complete run to this file, as JSON. Implies --once.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// How others reach it.
+    #[command(flatten)]
+    pub address: AddressArgs,
 }
 
 /// What `/api/manifest` says: all that it takes to join.
@@ -162,15 +168,15 @@ async fn host(args: &HostArgs) -> Result<ExitCode> {
     let name = config.as_ref().map(|c| c.name.clone());
     let dir = args.dir.clone().or_else(|| Some(runs_dir().join(name?)));
     let dir = dir.context("name a run file, or the directory of a run with --dir")?;
-    let place = Place::open(args, &dir).await?;
+    let place = Place::open(args, &dir, Vec::new()).await?;
     let run = match (&args.run, config) {
         (Some(path), Some(config)) => Run::from_file(path, config, &place.blobs)?,
         _ => Run::from_ledger(&place.storage, &place.blobs)?,
     };
     let keep = keep::Keep::open(&dir, place.storage.clone(), place.blobs.clone())?;
     refuse_if_promoted(&place, &keep.peers()?).await?;
-    let token = place.token.clone();
-    let served = serve::start(place.listener, &place.storage, &place.blobs, token.clone());
+    let (token, url) = (place.token.clone(), place.site.url.clone());
+    let served = serve::start(place.site, &place.storage, &place.blobs, token.clone());
     let setup = actor::Setup {
         config: run.config,
         problems: run.problems,
@@ -178,7 +184,7 @@ async fn host(args: &HostArgs) -> Result<ExitCode> {
         secret: place.identity.secret(),
         token: token.text().to_string(),
         own: place.own.clone(),
-        url: place.url.clone(),
+        url: url.clone(),
         threads: args.threads,
         once: args.once || args.json.is_some(),
         json: args.json.clone(),
@@ -190,7 +196,7 @@ async fn host(args: &HostArgs) -> Result<ExitCode> {
     let mut actor = actor::Actor::start(setup, keep, place.net, served.shown, tell)?;
     actor.show()?;
     eprintln!("run        {} ({name})", actor.run());
-    place::announce(&dir, &place.url)?;
+    place::announce(&dir, &url)?;
     let code = actor.run_until_done(place.events, served.commands).await;
     drop(served.running);
     code

@@ -1,16 +1,17 @@
 //! What every coordination peer needs before it starts: a directory, a key, ports.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use libp2p::multiaddr::{Multiaddr, Protocol};
 use manyhands_core::swarm::protocol::PeerAddress;
-use tokio::net::TcpListener;
+use rustls::pki_types::CertificateDer;
 use tokio::sync::mpsc;
 
 use super::HostArgs;
+use super::address::{Site, tunnel};
 use crate::blobs::BlobStore;
 use crate::cli::program;
 use crate::http::{self, AdminToken};
@@ -19,8 +20,6 @@ use crate::net::{Limits, Net, NetConfig, NetEvent};
 use crate::storage::Storage;
 use crate::store::write_atomic;
 
-/// Port of dashboard and API, unless it is taken.
-const HTTP_PORT: u16 = 8420;
 /// Disk for weights at least, GiB: they are not dropped where --disk is less.
 const BLOB_GIB_MIN: u64 = 64;
 /// File in a host's directory that says where it can be joined.
@@ -36,15 +35,18 @@ pub(super) struct Place {
     pub(super) token: Arc<AdminToken>,
     pub(super) net: Net,
     pub(super) events: mpsc::Receiver<NetEvent>,
-    pub(super) listener: TcpListener,
+    pub(super) site: Site,
     /// Where volunteers reach it.
     pub(super) own: PeerAddress,
-    /// Where people do.
-    pub(super) url: String,
 }
 
 impl Place {
-    pub(super) async fn open(args: &HostArgs, dir: &Path) -> Result<Self> {
+    /// `trust` are certificate authorities of peers that are dialled by https.
+    pub(super) async fn open(
+        args: &HostArgs,
+        dir: &Path,
+        trust: Vec<CertificateDer<'static>>,
+    ) -> Result<Self> {
         let storage = Arc::new(Storage::open(dir)?);
         let blob_bytes_max = args.disk.max(BLOB_GIB_MIN) << 30;
         let blobs = Arc::new(BlobStore::open(&dir.join("blobs"), blob_bytes_max)?);
@@ -55,6 +57,7 @@ impl Place {
             listen: addresses,
             limits: Limits::default(),
             blobs: Some(blobs.clone()),
+            trust: trust.clone(),
         };
         // The same ports as before, so that volunteers find their way back by themselves.
         let before = listened(dir, args.listen);
@@ -67,19 +70,19 @@ impl Place {
             None => Net::start(listen(any_port(args.listen)?)).await?,
         };
         remember(dir, &net)?;
-        let listener = bind(args).await?;
-        let address = listener.local_addr()?;
-        let url = format!("http://{}:{}", reachable(address.ip()), address.port());
-        let addresses = net.addresses().iter().map(ToString::to_string).collect();
+        let site = Site::open(&args.address, args.listen, dir).await?;
+        let tunnel = tunnel(&site.url, identity.keypair().public().to_peer_id());
+        let addresses = net.addresses().into_iter().chain(tunnel);
+        let addresses = addresses.map(|a| a.to_string()).collect();
         let own = PeerAddress { peer: net.key(), addresses };
-        Ok(Self { storage, blobs, identity, token, net, events, listener, own, url })
+        Ok(Self { storage, blobs, identity, token, net, events, site, own })
     }
 }
 
 /// Lets programs and people know where it is.
 pub(super) fn announce(dir: &Path, url: &str) -> Result<()> {
     write_atomic(&dir.join(URL_FILE), url.as_bytes())?;
-    eprintln!("dashboard  {url}");
+    eprintln!("page       {url}");
     eprintln!("join       {} join {url}", program());
     eprintln!(
         "operator   the token for pausing and stopping is in {}",
@@ -113,28 +116,4 @@ fn remember(dir: &Path, net: &Net) -> Result<()> {
 
 fn family(ip: IpAddr) -> &'static str {
     if ip.is_ipv4() { "ip4" } else { "ip6" }
-}
-
-/// The address under which others reach an unspecified one.
-fn reachable(ip: IpAddr) -> IpAddr {
-    if !ip.is_unspecified() {
-        return ip;
-    }
-    // Nothing is sent: connecting a datagram socket only asks which interface would be used.
-    let local = UdpSocket::bind("0.0.0.0:0").and_then(|s| {
-        s.connect("192.0.2.1:9")?;
-        s.local_addr()
-    });
-    local.map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |a| a.ip())
-}
-
-async fn bind(args: &HostArgs) -> Result<TcpListener> {
-    let Some(address) = args.http else {
-        let any = SocketAddr::from((args.listen, HTTP_PORT));
-        return match http::bind(any).await {
-            Ok(listener) => Ok(listener),
-            Err(_) => http::bind(SocketAddr::from((args.listen, 0))).await,
-        };
-    };
-    http::bind(address).await
 }

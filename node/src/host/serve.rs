@@ -7,11 +7,11 @@ use axum::body::Bytes;
 use manyhands_core::swarm::ids::Hash;
 use manyhands_core::swarm::protocol::{PROTOCOL, PeerAddress};
 use manyhands_core::swarm::status::Status;
-use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use super::Manifest;
+use super::address::Site;
 use crate::blobs::BlobStore;
 use crate::http::{self, AdminCommand, AdminToken, Feed, HttpState};
 use crate::storage::Storage;
@@ -56,7 +56,7 @@ impl Drop for Running {
 
 /// Starts the server. What is shown is empty at first.
 pub(super) fn start(
-    listener: TcpListener,
+    site: Site,
     storage: &Arc<Storage>,
     blobs: &Arc<BlobStore>,
     token: Arc<AdminToken>,
@@ -81,7 +81,8 @@ pub(super) fn start(
         token,
     };
     let (ended, end) = oneshot::channel::<()>();
-    let task = tokio::spawn(http::serve(listener, state, async move {
+    let (listener, tls) = site.start();
+    let task = tokio::spawn(http::serve(listener, state, tls, async move {
         let _ = end.await;
     }));
     let running = Running { task, _ended: ended };

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use manyhands_core::run::config::RunConfig;
+use manyhands_core::run::pipeline::Pipeline;
 use manyhands_core::run::report::{Phase, StepReport};
 use manyhands_core::run::state::State;
 use manyhands_core::swarm::status::StatusEvent;
@@ -40,9 +41,14 @@ impl Teller {
         self.view.finish();
     }
 
-    pub(super) fn announce(&mut self, event: &StatusEvent) -> Result<()> {
+    pub(super) fn announce(&mut self, event: &StatusEvent, pipeline: &Pipeline) -> Result<()> {
         match event {
-            StatusEvent::Step { report, .. } => self.step(report)?,
+            StatusEvent::Step { ordinal, report } => {
+                let tokens_per_second = self.step(report)?;
+                self.feed.show_samples(pipeline.samples().iter());
+                self.feed.publish_step(*ordinal, report.clone(), tokens_per_second);
+                return Ok(());
+            }
             StatusEvent::Evaluation { evaluation, .. } => {
                 self.view.say(&eval_line(&evaluation.report));
                 let line = LogLine::Eval { evaluation: evaluation.clone(), seconds: 0.0 };
@@ -66,7 +72,8 @@ impl Teller {
         Ok(())
     }
 
-    fn step(&mut self, report: &StepReport) -> Result<()> {
+    /// Shows and logs a step; its tokens a second.
+    fn step(&mut self, report: &StepReport) -> Result<f64> {
         let steps = match report.phase {
             Phase::Sft => self.config.sft.as_ref().map_or(0, |s| s.steps),
             _ => self.config.rl.as_ref().map_or(0, |s| s.steps),
@@ -80,7 +87,8 @@ impl Teller {
         self.last_step = Instant::now();
         self.view.step(report, steps, tokens_per_second);
         let (report, seconds) = (Box::new(report.clone()), BTreeMap::new());
-        self.run_dir.append(LOG, &LogLine::Step { report, seconds, tokens_per_second })
+        self.run_dir.append(LOG, &LogLine::Step { report, seconds, tokens_per_second })?;
+        Ok(tokens_per_second)
     }
 
     /// Cuts the log to what the state has behind it.
@@ -108,15 +116,16 @@ impl Teller {
             Phase::Done => self.config.steps(),
         };
         for line in read_log(&self.run_dir)? {
-            self.feed.publish(&match line {
-                LogLine::Step { report, .. } => {
-                    StatusEvent::Step { ordinal: ordinal(report.phase, report.step), report }
+            match line {
+                LogLine::Step { report, tokens_per_second, .. } => {
+                    let ordinal = ordinal(report.phase, report.step);
+                    self.feed.publish_step(ordinal, report, tokens_per_second);
                 }
-                LogLine::Eval { evaluation, .. } => StatusEvent::Evaluation {
-                    ordinal: ordinal(evaluation.phase, evaluation.step),
-                    evaluation,
-                },
-            });
+                LogLine::Eval { evaluation, .. } => {
+                    let ordinal = ordinal(evaluation.phase, evaluation.step);
+                    self.feed.publish(&StatusEvent::Evaluation { ordinal, evaluation });
+                }
+            }
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, Stream};
 use manyhands_core::run::report::StepReport;
+use manyhands_core::run::samples::SampleGroup;
 use manyhands_core::run::state::Evaluation;
 use manyhands_core::swarm::status::StatusEvent;
 use serde::Serialize;
@@ -35,9 +36,20 @@ const RETRY: Duration = Duration::from_secs(3);
 pub struct StepLine {
     /// Steps of all phases that were done after it.
     pub ordinal: u64,
+    /// Tokens sampled and trained on a second while it was made, if that was measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens_per_second: Option<f64>,
     /// Its numbers.
     #[serde(flatten)]
     pub report: StepReport,
+}
+
+/// A step as it is told to who watches: the event of the core, and its speed.
+#[derive(Serialize)]
+struct StepMessage<'a> {
+    #[serde(flatten)]
+    event: &'a StatusEvent,
+    tokens_per_second: f64,
 }
 
 /// An evaluation in `/api/evaluations`.
@@ -57,7 +69,8 @@ struct Message {
 
 #[derive(Debug, Default)]
 struct History {
-    steps: BTreeMap<u64, StepReport>,
+    steps: BTreeMap<u64, StepLine>,
+    samples: Vec<SampleGroup>,
     evaluations: BTreeMap<u64, Evaluation>,
 }
 
@@ -83,23 +96,47 @@ impl Feed {
     /// Remembers an event and tells everybody who watches. Never waits for them. After a restart,
     /// the caller publishes the steps that it knows again before it serves.
     pub fn publish(&self, event: &StatusEvent) {
-        let json = match serde_json::to_string(event) {
-            Ok(json) => json,
+        self.tell(event, event);
+        self.history().record(event);
+    }
+
+    /// The same for a step whose speed is known.
+    pub fn publish_step(&self, ordinal: u64, report: Box<StepReport>, tokens_per_second: f64) {
+        let event = StatusEvent::Step { ordinal, report };
+        self.tell(&event, &StepMessage { event: &event, tokens_per_second });
+        let mut history = self.history();
+        history.record(&event);
+        if let Some(line) = history.steps.get_mut(&ordinal) {
+            line.tokens_per_second = Some(tokens_per_second);
+        }
+    }
+
+    /// Takes the newest sample rollouts in place of those before.
+    pub fn show_samples<'a>(&self, groups: impl Iterator<Item = &'a SampleGroup>) {
+        self.history().samples = groups.cloned().collect();
+    }
+
+    /// The newest sample rollouts, oldest first.
+    pub(super) fn samples(&self) -> Vec<SampleGroup> {
+        self.history().samples.clone()
+    }
+
+    fn tell(&self, event: &StatusEvent, message: &impl Serialize) {
+        match serde_json::to_string(message) {
+            // No subscribers is no error.
+            Ok(json) => {
+                let _ = self.sender.send(Arc::new(Message { name: event.name(), json }));
+            }
             Err(error) => {
                 tracing::error!(%error, event = event.name(), "an event cannot be encoded");
-                return;
             }
-        };
-        self.history().record(event);
-        // No subscribers is no error.
-        let _ = self.sender.send(Arc::new(Message { name: event.name(), json }));
+        }
     }
 
     /// Steps with at least `from` steps done, in order, at most `limit`.
     pub fn steps(&self, from: u64, limit: usize) -> Vec<StepLine> {
         let history = self.history();
-        let steps = history.steps.range(from..).take(limit);
-        steps.map(|(&ordinal, report)| StepLine { ordinal, report: report.clone() }).collect()
+        history.steps.range(from..).take(limit).map(|(_, line)| line.clone()).collect()
     }
 
     /// Evaluations of weights with at least `from` steps behind them, in order, at most `limit`.
@@ -130,7 +167,9 @@ impl Feed {
         })?;
         let watch = Watch { receiver: self.sender.subscribe(), greeted: false, _seat: seat };
         let keep_alive = KeepAlive::new().interval(HEARTBEAT);
-        Ok(Sse::new(watch.stream()).keep_alive(keep_alive).into_response())
+        let stream = Sse::new(watch.stream()).keep_alive(keep_alive);
+        // nginx would collect events until its buffer is full.
+        Ok(([("x-accel-buffering", "no")], stream).into_response())
     }
 }
 
@@ -170,7 +209,12 @@ impl History {
     fn record(&mut self, event: &StatusEvent) {
         match event {
             StatusEvent::Step { ordinal, report } => {
-                insert_bounded(&mut self.steps, *ordinal, (**report).clone(), STEPS_MAX);
+                let line = StepLine {
+                    ordinal: *ordinal,
+                    tokens_per_second: None,
+                    report: (**report).clone(),
+                };
+                insert_bounded(&mut self.steps, *ordinal, line, STEPS_MAX);
             }
             StatusEvent::Evaluation { ordinal, evaluation } => {
                 let evaluation = (**evaluation).clone();
@@ -180,6 +224,7 @@ impl History {
                 // What came after did not happen.
                 self.steps.retain(|at, _| at <= ordinal);
                 self.evaluations.retain(|at, _| at <= ordinal);
+                self.samples.retain(|group| group.step <= *ordinal);
             }
             _ => {}
         }

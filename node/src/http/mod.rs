@@ -1,4 +1,4 @@
-//! The HTTP side of a coordination peer: dashboard, JSON, events, metrics, blobs, and the
+//! The HTTP side of a coordination peer: the page, JSON, events, metrics, blobs, and the
 //! operator's commands.
 //!
 //! Everything but `/api/admin` only shows what is public anyway. It decides nothing: status comes
@@ -9,9 +9,12 @@ mod blobs;
 mod error;
 mod feed;
 mod metrics;
+mod page;
+mod records;
 mod routes;
 mod seats;
 mod serve;
+mod tls;
 mod token;
 
 use std::path::PathBuf;
@@ -29,12 +32,18 @@ pub use feed::{
     EVALUATIONS_MAX, FEED_QUEUE_MAX, Feed, HEARTBEAT, SSE_CLIENTS_MAX, STEPS_MAX, StepLine,
 };
 pub use metrics::metrics_text;
+pub use page::{FileSize, file_sizes};
+pub use records::{RECORDS_MAX, RECORDS_SCANNED_MAX};
 pub use routes::{
     ADMIN_TIMEOUT, BODY_BYTES_MAX, PAGE_MAX, RECORDS_PAGE_BYTES_MAX, REQUEST_TIMEOUT, ROUTES,
     Route, router,
 };
 pub use seats::{CONNECTIONS_MAX, CONNECTIONS_PER_ADDRESS_MAX, Seat, Seats};
-pub use serve::{HEADER_BYTES_MAX, HEADER_TIMEOUT, bind, serve};
+pub use serve::{HANDSHAKE_TIMEOUT, HEADER_BYTES_MAX, HEADER_TIMEOUT, bind, serve};
+pub use tls::{
+    Acme, CERTIFICATE_FILE_BYTES_MAX, CertificateFiles, RELOAD_EVERY, Tls, acme_config, public_url,
+    read_certificates,
+};
 pub use token::{AdminToken, TOKEN_FILE};
 
 /// Commands of the operator that wait to be taken. A caller makes the queue of this size.

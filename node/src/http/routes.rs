@@ -9,7 +9,7 @@ use axum::http::header::{
     ACCESS_CONTROL_ALLOW_ORIGIN, AUTHORIZATION, CACHE_CONTROL, CONTENT_LENGTH,
     CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
 };
-use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -23,7 +23,7 @@ use tokio::sync::oneshot;
 
 use super::error::ApiError;
 use super::feed::StepLine;
-use super::{AdminAction, AdminCommand, HttpState, blobs, metrics};
+use super::{AdminAction, AdminCommand, HttpState, blobs, metrics, page, records};
 
 /// Most records, steps or evaluations in one answer.
 pub const PAGE_MAX: usize = 1000;
@@ -38,8 +38,9 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// In which the coordination peer takes a command of the operator.
 pub const ADMIN_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Only this program's own scripts, styles and data; nobody may frame the page.
-const CONTENT_SECURITY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+/// Only this program's own scripts, styles and data, and WebAssembly among the scripts; nobody may
+/// frame the page. `connect-src 'self'` covers WebSockets to the same host.
+const CONTENT_SECURITY: &str = "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self'; style-src 'self'; img-src 'self'; font-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// A route, as `/api` lists it.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -58,15 +59,25 @@ const fn route(method: &'static str, path: &'static str, does: &'static str) -> 
 
 /// Every route.
 pub const ROUTES: &[Route] = &[
-    route("GET", "/", "the dashboard"),
+    route("GET", "/", "the page, and the files that it needs"),
     route("GET", "/api", "this list"),
     route("GET", "/api/status", "the run and its volunteers now"),
     route("GET", "/api/manifest", "what a volunteer needs to join"),
     route("GET", "/api/ledger", "records in order: ?from=SEQUENCE&limit=COUNT, at most 1000"),
-    route("GET", "/api/records", "the same as the bytes that are hashed and signed, each after its length in 4 bytes, little-endian"),
+    route(
+        "GET",
+        "/api/ledger/raw",
+        "the same as the bytes that are hashed and signed, each after its length in 4 bytes, little-endian",
+    ),
+    route(
+        "GET",
+        "/api/records",
+        "records newest first: ?kind=KIND&by=VOLUNTEER&before=SEQUENCE&limit=COUNT, at most 100; `next` says where to go on",
+    ),
     route("GET", "/api/blobs/{hash}", "bytes of a hash; ranges are served"),
     route("GET", "/api/steps", "numbers of past steps: ?from=ORDINAL&limit=COUNT, at most 1000"),
     route("GET", "/api/evaluations", "past evaluations: ?from=ORDINAL&limit=COUNT, at most 1000"),
+    route("GET", "/api/samples", "sample rollouts of the newest steps: tokens, entropies, rewards"),
     route("GET", "/api/events", "what happens from now on, as server-sent events"),
     route("GET", "/metrics", "OpenMetrics text for Prometheus"),
     route("POST", "/api/admin/pause", "hand out nothing new; needs the operator's token"),
@@ -76,27 +87,22 @@ pub const ROUTES: &[Route] = &[
 
 /// All routes of a coordination peer.
 pub fn router(state: HttpState) -> Router {
-    let script = || async { asset("text/javascript", include_str!("assets/dashboard.js")) };
-    let charts = || async { asset("text/javascript", include_str!("assets/charts.js")) };
-    let style = || async { asset("text/css", include_str!("assets/dashboard.css")) };
-    let page = || async { asset("text/html", include_str!("assets/dashboard.html")) };
     Router::new()
         .route("/", get(page))
-        .route("/assets/dashboard.js", get(script))
-        .route("/assets/charts.js", get(charts))
-        .route("/assets/dashboard.css", get(style))
         .route("/api", get(async || Json(ROUTES)))
         .route("/api/status", get(status))
         .route("/api/manifest", get(manifest))
         .route("/api/ledger", get(ledger))
-        .route("/api/records", get(records))
+        .route("/api/ledger/raw", get(raw_ledger))
+        .route("/api/records", get(records::records))
         .route("/api/blobs/{hash}", get(blobs::blob))
         .route("/api/steps", get(steps))
         .route("/api/evaluations", get(evaluations))
+        .route("/api/samples", get(samples))
         .route("/api/events", get(events))
         .route("/metrics", get(metrics))
         .route("/api/admin/{action}", post(admin))
-        .fallback(unknown)
+        .fallback(page)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(from_fn(guard))
@@ -139,11 +145,16 @@ fn oversized() -> ApiError {
     )
 }
 
-fn asset(kind: &'static str, text: &'static str) -> Response {
-    ([(CONTENT_TYPE, format!("{kind}; charset=utf-8"))], text).into_response()
+/// A file of the page; what has no other route comes here.
+async fn page(method: Method, uri: Uri, headers: HeaderMap) -> Response {
+    let found = match method {
+        Method::GET | Method::HEAD => page::file(uri.path(), &headers),
+        _ => None,
+    };
+    found.unwrap_or_else(|| unknown().into_response())
 }
 
-async fn unknown() -> ApiError {
+fn unknown() -> ApiError {
     ApiError::new(StatusCode::NOT_FOUND, "there is no such page; GET /api lists what there is")
 }
 
@@ -192,39 +203,39 @@ async fn ledger(
     let (from, limit) = Page::of(query)?;
     let records = read_ledger(&state, from, limit).await?;
     let decoded: Result<_, _> = records.iter().map(|bytes| chain::decode(bytes)).collect();
-    Ok(Json(decoded.map_err(|error| unreadable(&error.to_string()))?))
+    Ok(Json(decoded.map_err(|error| ledger_failed(&error.to_string()))?))
 }
 
 /// Records as they are, for whoever checks them.
-async fn records(State(state): State<HttpState>, query: PageQuery) -> Result<Response, ApiError> {
+async fn raw_ledger(
+    State(state): State<HttpState>,
+    query: PageQuery,
+) -> Result<Response, ApiError> {
     let (from, limit) = Page::of(query)?;
     let mut body = Vec::new();
     for record in read_ledger(&state, from, limit).await? {
         if body.len() >= RECORDS_PAGE_BYTES_MAX {
             break;
         }
-        let length = u32::try_from(record.len()).map_err(|e| unreadable(&e.to_string()))?;
+        let length = u32::try_from(record.len()).map_err(|e| ledger_failed(&e.to_string()))?;
         body.extend_from_slice(&length.to_le_bytes());
         body.extend_from_slice(&record);
     }
     Ok(([(CONTENT_TYPE, "application/octet-stream")], body).into_response())
 }
 
-async fn read_ledger(
-    state: &HttpState,
-    from: u64,
-    limit: usize,
-) -> Result<Vec<Vec<u8>>, ApiError> {
+async fn read_ledger(state: &HttpState, from: u64, limit: usize) -> Result<Vec<Vec<u8>>, ApiError> {
     let read = state.ledger.clone();
     let read = tokio::task::spawn_blocking(move || read(from, limit)).await;
-    let read = read.map_err(|e| unreadable(&e.to_string()))?;
-    let mut records = read.map_err(|e| unreadable(&format!("{e:#}")))?;
+    let read = read.map_err(|e| ledger_failed(&e.to_string()))?;
+    let mut records = read.map_err(|e| ledger_failed(&format!("{e:#}")))?;
     records.truncate(limit);
     Ok(records)
 }
 
-fn unreadable(why: &str) -> ApiError {
-    tracing::error!(error = why, "the ledger cannot be read");
+/// What went wrong inside is for the operator's log.
+pub(super) fn ledger_failed(error: &str) -> ApiError {
+    tracing::error!(error, "the ledger cannot be read");
     let text = "the ledger cannot be read now; the operator's log says why";
     ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, text)
 }
@@ -243,6 +254,10 @@ async fn evaluations(
 ) -> Result<Response, ApiError> {
     let (from, limit) = Page::of(query)?;
     Ok(Json(state.feed.evaluations(from, limit)).into_response())
+}
+
+async fn samples(State(state): State<HttpState>) -> Response {
+    Json(json!({ "groups": state.feed.samples() })).into_response()
 }
 
 async fn events(State(state): State<HttpState>) -> Result<Response, ApiError> {
@@ -274,7 +289,7 @@ async fn admin(
         "pause" => AdminAction::Pause,
         "resume" => AdminAction::Resume,
         "stop" => AdminAction::Stop,
-        _ => return Err(unknown().await),
+        _ => return Err(unknown()),
     };
     let (reply, answer) = oneshot::channel();
     state.admin.try_send(AdminCommand { action, reply }).map_err(|error| {

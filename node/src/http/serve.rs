@@ -7,13 +7,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
+use tokio_rustls::server::TlsStream;
 
 use super::seats::{CONNECTIONS_MAX, Seats};
+use super::tls::Tls;
 use super::{HttpState, router};
 
 /// A client that has not sent a request's header after this time, on a new connection or on one
@@ -21,6 +25,12 @@ use super::{HttpState, router};
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(20);
 /// Most bytes of a request's header.
 pub const HEADER_BYTES_MAX: usize = 16 << 10;
+/// In which a client has agreed on keys.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// With which every TLS connection begins, and no HTTP request.
+const TLS_HANDSHAKE: u8 = 0x16;
+/// What a client gets that speaks plain HTTP to a port of TLS.
+const PLAIN: &[u8] = b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: 74\r\nConnection: close\r\n\r\n{\"error\": \"this port speaks https; put https:// in front of its address\"}\n";
 /// After an accept that failed for want of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// What a client gets that is one too many.
@@ -50,6 +60,7 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener> {
 pub async fn serve(
     listener: TcpListener,
     state: HttpState,
+    tls: Option<Tls>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
     listener.local_addr().context("the HTTP listener has no address")?;
@@ -77,19 +88,51 @@ pub async fn serve(
             continue;
         };
         debug_assert!(connections.len() <= CONNECTIONS_MAX);
-        let service = service.clone();
+        let (service, tls) = (service.clone(), tls.clone());
         connections.spawn(async move {
             let _seat = seat;
-            let served = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEADER_TIMEOUT)
-                .max_buf_size(HEADER_BYTES_MAX)
-                .serve_connection(TokioIo::new(stream), service);
-            if let Err(error) = served.await {
-                tracing::debug!(%error, peer = %address, "an HTTP connection ended early");
+            let served = match tls {
+                None => converse(stream, service).await,
+                Some(tls) => match shake_hands(&tls, stream).await {
+                    Ok(Some(stream)) => converse(stream, service).await,
+                    Ok(None) => Ok(()),
+                    Err(error) => Err(error),
+                },
+            };
+            if let Err(error) = served {
+                tracing::debug!("an HTTP connection with {address} ended early: {error:#}");
             }
         });
     }
+}
+
+/// Answers the requests of one connection.
+async fn converse<S>(stream: S, service: TowerToHyperService<Router>) -> Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_buf_size(HEADER_BYTES_MAX)
+        .serve_connection(TokioIo::new(stream), service);
+    Ok(connection.await?)
+}
+
+/// Begins TLS. Who speaks plain HTTP is told so; `None` then, and after a challenge.
+async fn shake_hands(tls: &Tls, stream: TcpStream) -> Result<Option<TlsStream<TcpStream>>> {
+    let handshake = async {
+        let mut first = [0];
+        if stream.peek(&mut first).await? == 1 && first[0] != TLS_HANDSHAKE {
+            stream.writable().await?;
+            // A client that is gone needs no answer.
+            let _ = stream.try_write(PLAIN);
+            return Ok(None);
+        }
+        tls.accept(stream).await
+    };
+    let shaken = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await;
+    Ok(shaken.context("the TLS handshake takes too long")??)
 }
 
 /// Says why and hangs up. The answer fits any socket's buffer, so nothing waits for the client.
@@ -103,10 +146,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn full_answer_states_its_length() {
-        let text = std::str::from_utf8(FULL).unwrap();
-        let (header, body) = text.split_once("\r\n\r\n").unwrap();
-        assert!(header.contains(&format!("Content-Length: {}", body.len())), "{}", body.len());
-        serde_json::from_str::<serde_json::Value>(body).unwrap();
+    fn fixed_answers_state_their_length() {
+        for answer in [FULL, PLAIN] {
+            let text = std::str::from_utf8(answer).unwrap();
+            let (header, body) = text.split_once("\r\n\r\n").unwrap();
+            assert!(header.contains(&format!("Content-Length: {}", body.len())), "{}", body.len());
+            serde_json::from_str::<serde_json::Value>(body).unwrap();
+        }
     }
 }

@@ -23,7 +23,7 @@ use crate::cli::EngineArgs;
 use crate::donor::{self, Decision, Donor, DonorPolicy, Signals, WaitReason};
 use crate::identity::Identity;
 use crate::net::{Limits, Net, NetConfig, NetEvent};
-use crate::remote::Remote;
+use crate::remote::{Remote, trusted};
 use receipts::Receipts;
 
 /// Disk for blobs of weights.
@@ -40,6 +40,9 @@ const SHOW: Duration = Duration::from_secs(10);
 pub struct JoinArgs {
     /// The address that the host printed.
     pub url: String,
+    /// Trust this certificate authority (PEM) for https, instead of those that the system trusts.
+    #[arg(long, value_name = "FILE")]
+    pub ca: Option<PathBuf>,
     /// Directory of this volunteer: its key and receipts [default: in the user's state directory].
     #[arg(long)]
     pub dir: Option<PathBuf>,
@@ -67,7 +70,8 @@ pub fn run(args: &JoinArgs) -> Result<ExitCode> {
 async fn join(args: &JoinArgs) -> Result<ExitCode> {
     let dir = args.dir.clone().unwrap_or_else(donor::default_dir);
     let mut donor = Donor::open(&dir, args.policy.clone())?;
-    let remote = Remote::new(&args.url)?;
+    let trust = trusted(&args.url, args.ca.as_deref())?;
+    let remote = Remote::new(&args.url, &trust)?;
     let manifest = tokio::task::spawn_blocking(move || remote.manifest()).await??;
     for warning in donor.warnings() {
         eprintln!("warning: {warning}");
@@ -80,6 +84,7 @@ async fn join(args: &JoinArgs) -> Result<ExitCode> {
         listen: Vec::new(),
         limits: Limits::default(),
         blobs: None,
+        trust,
     })
     .await?;
     eprintln!("joining    {} ({})", manifest.run, manifest.name);

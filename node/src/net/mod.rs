@@ -13,12 +13,14 @@ mod serve;
 mod start;
 mod streams;
 mod traffic;
+mod transport;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 use libp2p::{Multiaddr, PeerId, Stream, StreamProtocol};
 use manyhands_core::swarm::ids::{Hash, PeerKey};
+use rustls::pki_types::CertificateDer;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::blobs::BlobStore;
@@ -41,6 +43,8 @@ pub struct NetConfig {
     pub limits: Limits,
     /// The blobs that it serves.
     pub blobs: Option<Arc<BlobStore>>,
+    /// Certificate authorities that vouch for hosts behind https, beside the usual ones.
+    pub trust: Vec<CertificateDer<'static>>,
 }
 
 /// What happened.

@@ -11,9 +11,8 @@ use libp2p::connection_limits::ConnectionLimits;
 use libp2p::multiaddr::Protocol;
 use libp2p::request_response::{self, ProtocolSupport};
 use libp2p::swarm::{NetworkBehaviour, Swarm, SwarmEvent};
-use libp2p::{
-    Multiaddr, SwarmBuilder, allow_block_list, connection_limits, identify, noise, ping, yamux,
-};
+use libp2p::{Multiaddr, SwarmBuilder, allow_block_list, connection_limits, identify, ping};
+use rustls::pki_types::CertificateDer;
 use tokio::sync::mpsc;
 
 use super::codec::{BytesCodec, REQUEST_PROTOCOL};
@@ -25,7 +24,7 @@ use super::limits::{
 use super::results::{Expected, Receiver};
 use super::serve::Server;
 use super::traffic::Counters;
-use super::{Net, NetConfig, NetEvent, streams};
+use super::{Net, NetConfig, NetEvent, streams, transport};
 
 /// A dead peer is noticed after two pings in a row without an answer: within half a minute.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
@@ -49,9 +48,9 @@ pub(super) struct Behaviour {
 
 /// Starts the network: see [`Net::start`].
 pub(super) async fn start(config: NetConfig) -> Result<(Net, mpsc::Receiver<NetEvent>)> {
-    let NetConfig { identity, listen, limits, blobs } = config;
+    let NetConfig { identity, listen, limits, blobs, trust } = config;
     let counters = Counters::default();
-    let mut swarm = build(&identity.keypair(), &limits, &counters).await?;
+    let mut swarm = build(&identity.keypair(), &limits, &counters, &trust)?;
     let addresses = listen_on(&mut swarm, &listen).await?;
     let (commands, commands_in) = mpsc::channel(COMMANDS_MAX);
     let (events, events_out) = mpsc::channel(EVENTS_MAX);
@@ -74,10 +73,11 @@ pub(super) async fn start(config: NetConfig) -> Result<(Net, mpsc::Receiver<NetE
     Ok((net, events_out))
 }
 
-async fn build(
+fn build(
     keypair: &libp2p::identity::Keypair,
     limits: &Limits,
     counters: &Counters,
+    trust: &[CertificateDer<'static>],
 ) -> Result<Swarm<Behaviour>> {
     let requests = request_response::Behaviour::with_codec(
         BytesCodec::new(counters.clone()),
@@ -106,14 +106,8 @@ async fn build(
     };
     let swarm = SwarmBuilder::with_existing_identity(keypair.clone())
         .with_tokio()
-        .with_tcp(libp2p::tcp::Config::default(), noise::Config::new, yamux::Config::default)
-        .context("cannot set up TCP")?
-        .with_quic()
-        .with_dns()
-        .context("cannot read this system's settings for names (DNS)")?
-        .with_websocket(noise::Config::new, yamux::Config::default)
-        .await
-        .context("cannot set up WebSocket")?
+        .with_other_transport(|keypair| transport::build(keypair, trust))
+        .context("cannot set up the transports")?
         .with_behaviour(|_| behaviour)
         .context("cannot set up the swarm")?
         .with_swarm_config(|c| {

@@ -87,7 +87,7 @@ async fn connections_over_the_bound_are_told_so_until_one_closes() {
     let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
     let address = listener.local_addr().unwrap();
     let (stop, stopped) = oneshot::channel::<()>();
-    let server = tokio::spawn(serve(listener, peer.state.clone(), async {
+    let server = tokio::spawn(serve(listener, peer.state.clone(), None, async {
         let _ = stopped.await;
     }));
     let ask = b"GET /api/manifest HTTP/1.1\r\nHost: x\r\n\r\n";
@@ -128,7 +128,7 @@ async fn header_over_the_bound_ends_the_connection() {
     let peer = peer();
     let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
     let address = listener.local_addr().unwrap();
-    tokio::spawn(serve(listener, peer.state.clone(), std::future::pending()));
+    tokio::spawn(serve(listener, peer.state.clone(), None, std::future::pending()));
     let mut client = TcpStream::connect(address).await.unwrap();
     let long = format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(64 << 10));
     // The server may hang up before it has all of it.

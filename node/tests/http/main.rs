@@ -3,7 +3,10 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
 mod limits;
+mod page;
+mod records;
 mod support;
+mod tls;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -44,30 +47,6 @@ async fn routes_that_are_listed_all_answer() {
     }
 }
 
-/// The page works without any other host, and what it asks for exists.
-#[tokio::test]
-async fn dashboard_needs_nothing_from_elsewhere() {
-    let peer = peer();
-    let (_, _, page) = peer.get("/").await;
-    let page = String::from_utf8(page).unwrap();
-    let mut texts = vec![page];
-    for asset in ["dashboard.js", "charts.js", "dashboard.css"] {
-        let (status, headers, body) = peer.get(&format!("/assets/{asset}")).await;
-        assert_eq!(status, StatusCode::OK);
-        let kind = if asset.ends_with("js") { "text/javascript" } else { "text/css" };
-        assert!(headers["content-type"].to_str().unwrap().starts_with(kind));
-        texts.push(String::from_utf8(body).unwrap());
-    }
-    let links = |t: &String| t.matches("https:").count() + t.matches("http:").count();
-    // The one address is the name of SVG's namespace, which is never fetched.
-    assert_eq!(texts.iter().map(links).sum::<usize>(), 1);
-    assert!(!texts.iter().any(|t| t.contains("innerHTML")), "peers' words must stay text");
-    // Every id that the script asks for is on the page.
-    for id in texts[1].split("$(\"").skip(1).map(|rest| rest.split('"').next().unwrap()) {
-        assert!(texts[0].contains(&format!("id=\"{id}\"")), "{id}");
-    }
-}
-
 #[tokio::test]
 async fn status_follows_the_watch() {
     let peer = peer();
@@ -98,15 +77,15 @@ async fn ledger_pages_are_bounded_and_complete() {
 #[tokio::test]
 async fn records_are_the_bytes_of_the_ledger() {
     let peer = peer();
-    let (status, _, body) = peer.get("/api/records?from=4990&limit=2").await;
+    let (status, _, body) = peer.get("/api/ledger/raw?from=4990&limit=2").await;
     assert_eq!(status, StatusCode::OK);
     let framed = |n| {
         let bytes = manyhands_core::swarm::chain::encode(&record(n));
         [&(bytes.len() as u32).to_le_bytes()[..], &bytes].concat()
     };
     assert_eq!(body, [framed(4990), framed(4991)].concat());
-    assert!(peer.get("/api/records?from=5000").await.2.is_empty());
-    let (status, _) = peer.get_error("/api/records?from=x").await;
+    assert!(peer.get("/api/ledger/raw?from=5000").await.2.is_empty());
+    let (status, _) = peer.get_error("/api/ledger/raw?from=x").await;
     assert_eq!(status, StatusCode::BAD_REQUEST);
 }
 

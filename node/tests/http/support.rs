@@ -9,8 +9,8 @@ use axum::http::{HeaderMap, Request, Response, StatusCode};
 use manyhands_core::learn::weights::BatchStats;
 use manyhands_core::run::report::{EvalReport, PassReport, Phase, RlReport, StepReport};
 use manyhands_core::run::state::Evaluation;
-use manyhands_core::swarm::ids::{Hash, Signature};
 use manyhands_core::swarm::chain;
+use manyhands_core::swarm::ids::{Hash, Signature};
 use manyhands_core::swarm::ledger::{Entry, Offence, Record};
 use manyhands_core::swarm::status::{Standing, Status, StatusEvent, VolunteerStatus};
 use manyhands_node::http::{

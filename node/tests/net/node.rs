@@ -32,6 +32,7 @@ impl Node {
             listen: if listen.is_empty() { vec![] } else { vec![listen.parse().unwrap()] },
             limits,
             blobs: Some(Arc::new(store.clone())),
+            trust: Vec::new(),
         };
         let (net, events) = Net::start(config).await.unwrap();
         Self { net, events, store, _dir: dir }

@@ -127,7 +127,8 @@ pub(crate) fn wait_for(dir: &Path, what: &str, mut is_true: impl FnMut() -> bool
             let logs = fs::read_dir(dir).unwrap().filter_map(|entry| {
                 let path = entry.unwrap().path();
                 let is_log = path.extension().is_some_and(|e| e == "log");
-                is_log.then(|| format!("{}:\n{}", path.display(), fs::read_to_string(&path).unwrap()))
+                is_log
+                    .then(|| format!("{}:\n{}", path.display(), fs::read_to_string(&path).unwrap()))
             });
             panic!("waited in vain until {what}\n{}", logs.collect::<Vec<_>>().join("\n"));
         }
@@ -139,4 +140,3 @@ pub(crate) fn wait_for(dir: &Path, what: &str, mut is_true: impl FnMut() -> bool
 pub(crate) fn lines(dir: &Path, name: &str) -> usize {
     fs::read_to_string(dir.join(name).join("log.jsonl")).unwrap_or_default().lines().count()
 }
-

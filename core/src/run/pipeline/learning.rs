@@ -18,6 +18,7 @@ use crate::run::config::RlSection;
 use crate::run::job::Stage;
 use crate::run::report::{Phase, RlReport, StepReport, saturation_map};
 use crate::run::rollout::{Rollout, Sampled, logprob};
+use crate::run::samples;
 use crate::run::work::{Output, Scored, Seed, Seeded, Values, Work};
 
 /// A step of learning under way.
@@ -311,6 +312,11 @@ impl Pipeline {
                 self.state.optimizer.reset();
             }
         }
+        let advantage = |group, rollout| {
+            let at = learning.kept.iter().position(|&kept| kept == (group, rollout))?;
+            Some(learning.advantages[at])
+        };
+        samples::add(&mut self.samples, self.state.ordinal(&self.config) + 1, sampled, advantage);
         let all = || sampled.groups.iter().flatten();
         let count = all().count() as f64;
         let entropies: Vec<f64> = all().flat_map(|r| r.entropies.iter().copied()).collect();

@@ -20,6 +20,7 @@ use super::job::{Job, JobPath, OpenJob, Stage, SupplyError, Version};
 use super::problems::Problems;
 use super::report::{Phase, StepReport};
 use super::rollout::RolloutError;
+use super::samples::SampleGroup;
 use super::state::{Evaluation, State};
 use super::work::{Output, Work};
 use crate::engine::EngineError;
@@ -121,6 +122,7 @@ pub struct Pipeline {
     examination: Option<Examination>,
     now: Now,
     barrier: bool,
+    samples: VecDeque<SampleGroup>,
 }
 
 impl Pipeline {
@@ -145,6 +147,7 @@ impl Pipeline {
             examination: None,
             now: Now::Boundary,
             barrier: false,
+            samples: VecDeque::new(),
         })
     }
 
@@ -161,6 +164,12 @@ impl Pipeline {
     /// The current policy.
     pub fn version(&self) -> &Arc<Version> {
         &self.version
+    }
+
+    /// Some of the newest groups that the run learned from, oldest first. A pipeline that was just
+    /// made has none.
+    pub fn samples(&self) -> &VecDeque<SampleGroup> {
+        &self.samples
     }
 
     /// Steps of all phases behind the state.

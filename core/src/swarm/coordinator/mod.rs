@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use super::chain::Writer;
 use super::ids::{Hash, PeerKey, Signature};
 use super::ledger::{Entry, Offence};
+use super::past::ByPath;
 use super::protocol::{PeerAddress, Refusal, Request, Response};
 use super::scheduler::{Kind, Scheduler, TaskId, Urgency};
 use super::status::StatusEvent;
@@ -302,6 +303,9 @@ pub struct Coordinator {
     redo: BTreeMap<PeerKey, (BTreeSet<Hash>, Vec<Accepted>)>,
     /// Volunteers on whose word a unit of another one was found valid: whose, and which.
     vouched: BTreeMap<(PeerKey, Hash), PeerKey>,
+    /// Units of the ledger that stand, whose jobs have not been opened since the start: after a
+    /// roll-back they enter again when the run comes to them.
+    spare: ByPath,
     /// Why the run cannot go on, unless a lie is the reason.
     failure: Option<TrainError>,
     versions: Versions,
@@ -389,7 +393,7 @@ impl Coordinator {
                     self.request(peer, token, request, blobs)
                 }
                 Event::Malformed { peer } => self.convict(peer, Offence::Malformed, None),
-                Event::Result { peer, unit, arrival } => self.result(peer, unit, arrival),
+                Event::Result { peer, unit, arrival } => self.result(peer, unit, arrival, blobs),
                 Event::Left { peer } => self.left(peer),
                 Event::Flooding { peer } => self.convict(peer, Offence::Flooding, None),
                 Event::Executed { audit, receipt } => self.executed(audit, receipt, blobs),

@@ -1,7 +1,7 @@
 //! From accepted results to versions: the pipeline goes on, versions are published and become
 //! final.
 
-use super::{Accepted, Coordinator, Effect};
+use super::{Accepted, Blobs, Coordinator, Effect};
 use crate::model::weights::Weights;
 use crate::run::job::{JobPath, OpenJob};
 use crate::run::pipeline::{Advanced, TrainError};
@@ -22,7 +22,7 @@ const LENGTH_GAIN: f64 = 0.01;
 
 impl Coordinator {
     /// Goes on as far as the results allow.
-    pub(super) fn sync(&mut self) {
+    pub(super) fn sync(&mut self, blobs: &dyn Blobs) {
         while !self.halted && self.failure.is_none() {
             let before = self.pipeline.version().clone();
             let advanced = match self.pipeline.advance() {
@@ -38,6 +38,7 @@ impl Coordinator {
                 self.publish(before.hash().into(), &base, step);
             }
             match advanced {
+                None if self.supply_spare(blobs) => {}
                 None => break,
                 Some(Advanced::Step(report)) => {
                     let ordinal = self.pipeline.ordinal();

@@ -90,6 +90,7 @@ impl Coordinator {
             unsettled: BTreeSet::new(),
             redo: BTreeMap::new(),
             vouched: BTreeMap::new(),
+            spare: ByPath::new(),
             failure: None,
             versions,
             final_ordinal: past.final_ordinal,
@@ -153,7 +154,8 @@ impl Coordinator {
         }
         self.forget(forgotten);
         drawn.retain(|_, (_, a)| a.ordinal >= forgotten);
-        self.refill(&by_path, blobs);
+        self.spare = by_path;
+        self.refill(blobs);
         for (peer, offence) in past.expelled {
             self.expel(peer, offence);
         }
@@ -162,7 +164,7 @@ impl Coordinator {
                 self.audit_accepted(peer, accepted, Urgency::Spot);
             }
         }
-        self.sync();
+        self.sync(blobs);
         if past.closed {
             // It may not have been told before.
             self.effect(Effect::Closed(self.pipeline.version().hash().into()));
@@ -187,14 +189,13 @@ impl Coordinator {
     }
 
     /// Supplies the pipeline from units that stand, as far as they reach.
-    fn refill(&mut self, by_path: &ByPath, blobs: &dyn Blobs) {
+    fn refill(&mut self, blobs: &dyn Blobs) {
         loop {
             let before = self.pipeline.version().clone();
             let advanced = match self.pipeline.advance() {
                 Ok(advanced) => advanced,
                 Err(error) => return self.doubt(error),
             };
-            let mut progress = advanced.is_some();
             let step = matches!(advanced, Some(Advanced::Step(_)));
             let weights: Hash = self.pipeline.version().hash().into();
             let known = match step {
@@ -205,16 +206,25 @@ impl Coordinator {
                 // The ledger ends between a result and the version that it completed.
                 self.publish(before.hash().into(), &before.weights, step);
             }
-            let open: Vec<_> = self.pipeline.jobs().map(|j| j.job.path).collect();
-            for path in open {
-                for (_, entry) in by_path.get(&path).into_iter().flatten() {
-                    progress |= supply_again(&mut self.pipeline, entry, blobs);
-                }
-            }
-            if !progress {
+            if !self.supply_spare(blobs) && advanced.is_none() {
                 return;
             }
         }
+    }
+
+    /// Supplies jobs that were just opened from units that stand already, in the order of the
+    /// ledger: whoever derives the run again does the same. Whether there were any.
+    pub(super) fn supply_spare(&mut self, blobs: &dyn Blobs) -> bool {
+        let ordinal = self.pipeline.ordinal();
+        self.spare.retain(|path, _| path.ordinal >= ordinal);
+        let open: Vec<_> = self.pipeline.jobs().map(|j| j.job.path).collect();
+        let mut any = false;
+        for path in open {
+            for (_, entry) in self.spare.remove(&path).into_iter().flatten() {
+                any |= supply_again(&mut self.pipeline, &entry, blobs);
+            }
+        }
+        any
     }
 
     /// Takes the state from the coordination peer's own files, for checks in tests.

@@ -16,7 +16,13 @@ pub const OWN_CHECKS_MAX: usize = 64;
 
 impl Coordinator {
     /// An upload came to an end.
-    pub(super) fn result(&mut self, peer: PeerKey, unit: Hash, arrival: Arrival) {
+    pub(super) fn result(
+        &mut self,
+        peer: PeerKey,
+        unit: Hash,
+        arrival: Arrival,
+        blobs: &dyn Blobs,
+    ) {
         let Some(key) = self.in_flight(&unit, |u| u.offers.contains_key(&peer)) else { return };
         let Some(in_flight) = self.units.get_mut(&key) else { return };
         let Some(offer) = in_flight.offers.remove(&peer) else { return };
@@ -56,7 +62,7 @@ impl Coordinator {
             self.audit_in_flight(key, held, Urgency::Spot);
         }
         self.accept(key, held, output);
-        self.sync();
+        self.sync(blobs);
     }
 
     /// Whether a unit of a trusted volunteer is audited: decided after the receipt, by a draw that
@@ -278,7 +284,7 @@ impl Coordinator {
             }
             self.redone(of, unit, false);
         }
-        self.sync();
+        self.sync(blobs);
     }
 
     /// An audit of `unit` was valid: its volunteer's units up to it are settled.

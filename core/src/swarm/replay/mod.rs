@@ -257,21 +257,20 @@ impl<'a> Derivation<'a> {
         entry: &UnitEntry,
         unit: &Unit,
     ) -> Result<Result<(), String>, EngineError> {
-        let (output, is_computed) =
-            match output_of(&self.pipeline, entry, unit, self.sources.blobs) {
-                Ok(output) => (output, false),
-                Err(NoOutput::Wrong(why)) => return Ok(Err(why)),
-                // A host drops old results: what they were is what the unit computes.
-                Err(NoOutput::Lost) => match self.compute(entry, unit, &unit.work)? {
-                    Ok(output) => (output, true),
-                    Err(why) => return Ok(Err(why)),
-                },
-            };
+        let (output, is_computed) = match output_of(&self.pipeline, entry, unit, self.sources.blobs)
+        {
+            Ok(output) => (output, false),
+            Err(NoOutput::Wrong(why)) => return Ok(Err(why)),
+            // A host drops old results: what they were is what the unit computes.
+            Err(NoOutput::Lost) => match self.compute(entry, unit, &unit.work)? {
+                Ok(output) => (output, true),
+                Err(why) => return Ok(Err(why)),
+            },
+        };
         if unit.work.multiply_adds(&output, self.pipeline.model()) != entry.multiply_adds {
             return Ok(Err("the credit is not what the unit costs".into()));
         }
-        let is_chosen =
-            self.sources.recompute == Recompute::All || self.chosen.contains(&sequence);
+        let is_chosen = self.sources.recompute == Recompute::All || self.chosen.contains(&sequence);
         if is_chosen && !is_computed {
             let work = unit.work.audit(&output);
             if let Err(why) = self.compute(entry, unit, &work)? {
