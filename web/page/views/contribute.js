@@ -177,7 +177,7 @@ export class Contribute {
 
   #showGiven(s) {
     if (!s || (s.computed === 0 && s.accepted === 0 && !RUNNING.has(s.stage))) {
-      this.#given.replaceChildren(h("p", { class: "quiet" }, "Nothing yet. It begins with the first unit that the run accepts, usually within a minute of pressing Start."));
+      this.#given.replaceChildren(h("p", { class: "quiet" }, "Nothing yet. It begins with the first unit that the run accepts after you press Start."));
       return;
     }
     const own = run.status?.volunteers.find((v) => v.peer === s.peer);
