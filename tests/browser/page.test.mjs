@@ -185,7 +185,7 @@ test("a proof says in words that the hash is the same, or that it is not", async
     }
     async verifyChain(progress) {
       progress(1, 2);
-      return { ok: !window.other, records: 12, versions: 3, head: "ab".repeat(32), first_wrong: window.other ? 7 : null };
+      return { ok: !window.other, records: 12, versions: 3, head: "ab".repeat(32), first_wrong: window.other ? { sequence: 7, why: "the signature is another one's" } : null };
     }`) });
   await page.getByRole("button", { name: "Compute one again on my machine" }).click();
   await page.getByRole("heading", { name: "The hash is the same." }).waitFor();
@@ -195,7 +195,7 @@ test("a proof says in words that the hash is the same, or that it is not", async
   await page.getByRole("button", { name: "Compute one again on my machine" }).click();
   await page.getByRole("heading", { name: "The hash is another one." }).waitFor();
   await page.getByRole("button", { name: "Verify the chain" }).click();
-  await page.getByText("number 7").waitFor();
+  await page.getByText("number 7: the signature is another one's").waitFor();
   await page.evaluate(() => { window.tab.recompute = async () => { throw new Error("the graphics device was lost"); }; });
   await page.getByRole("button", { name: "Compute one again on my machine" }).click();
   await page.getByText("the graphics device was lost").waitFor();
@@ -216,7 +216,7 @@ test("contribute starts, pauses, stops and shows what was given", async () => {
     window.receipts = [{ unit: "ab".repeat(32), receipt: "cd".repeat(32), kind: "rollout", at_ms: 1, bytes: 2048, sequence: 5 }];
     window.tab.become({
       stage: "working", accepted: 3, computed: 4, multiply_adds: 2.5e9, first_credit_s: 12, tokens_per_second: 140,
-      engine: { kind: "wasm", name: "SIMD", workers: 2, digest: "ef".repeat(16), pass: true, problem: null },
+      engine: { kind: "wasm", name: "SIMD, 2 workers", workers: 2, digest: "ef".repeat(16), pass: true, problem: null },
       unit: { hash: "ab".repeat(32), kind: "gradient", policy: "12".repeat(32), done: 50, total: 200, started_ms: 0 },
       events: [{ at_ms: 2, text: "the connection to the host is lost; trying again" }],
     });

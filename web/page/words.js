@@ -55,4 +55,4 @@ export function stage(value) {
 }
 
 // A tab or a program, by what a volunteer says that it runs.
-export const isTab = (volunteer) => /\btab\b|browser|wasm|web/i.test(`${volunteer.agent} ${volunteer.engine}`);
+export const isTab = (volunteer) => /^tab\b/.test(volunteer.agent);

@@ -145,7 +145,11 @@ fn reachable(ip: IpAddr) -> IpAddr {
 /// shows nothing else.
 pub(super) fn tunnel(url: &str, peer: libp2p::PeerId) -> Option<Multiaddr> {
     let uri: Uri = url.parse().ok()?;
-    let is_tls = uri.scheme_str() == Some("https");
+    let is_tls = match uri.scheme_str()? {
+        "https" => true,
+        "http" => false,
+        _ => return None,
+    };
     let host = uri.host()?.trim_start_matches('[').trim_end_matches(']');
     let port = uri.port_u16().unwrap_or(if is_tls { HTTPS_PORT } else { 80 });
     let mut address = Multiaddr::empty();

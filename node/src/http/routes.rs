@@ -39,7 +39,7 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 pub const ADMIN_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Only this program's own scripts, styles and data, and WebAssembly among the scripts; nobody may
-/// frame the page. `connect-src 'self'` covers WebSockets to the same host.
+/// frame the page. `connect-src 'self'` covers `WebSocket` to the same host.
 const CONTENT_SECURITY: &str = "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self'; style-src 'self'; img-src 'self'; font-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// A route, as `/api` lists it.

@@ -41,7 +41,7 @@ export class Contribute {
   #doing = h("p", { class: "doing" });
   #engine = h("p", { class: "engine-line", hidden: true });
   #given = h("div");
-  #receipts = h("div");
+  #receipts = h("div", { class: "receipts" });
   #events = h("div");
   #notice = h("div");
   #join = h("code", { tabindex: 0, "aria-label": "Command to join with the program" });
@@ -167,7 +167,7 @@ export class Contribute {
     this.#engine.hidden = !e;
     if (!e) return;
     const kind = e.kind === "webgpu" ? "WebGPU" : "WebAssembly";
-    const name = [e.name, e.workers > 1 ? `${e.workers} workers` : null].filter(Boolean).join(", ");
+    const { name } = e;
     const mark = h("span", { class: `badge ${e.pass ? "good" : "bad"}` }, e.pass ? "Exact" : "Wrong bits");
     const words = e.pass
       ? `${kind}${name ? ` (${name})` : ""} passed the conformance suite.`
@@ -177,7 +177,7 @@ export class Contribute {
 
   #showGiven(s) {
     if (!s || (s.computed === 0 && s.accepted === 0 && !RUNNING.has(s.stage))) {
-      this.#given.replaceChildren(h("p", { class: "quiet" }, "Nothing yet. It begins with the first unit that the run accepts, usually within a minute of pressing Start."));
+      this.#given.replaceChildren(h("p", { class: "quiet" }, "Nothing yet. It begins with the first unit that the run accepts after you press Start."));
       return;
     }
     const own = run.status?.volunteers.find((v) => v.peer === s.peer);

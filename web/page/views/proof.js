@@ -64,7 +64,7 @@ export function verifyChain(opening) {
         h("p", { class: "quiet" }, "Anyone who sees the same last hash has the same history."));
     } else {
       outcome.say("wrong", "The chain is broken.",
-        h("p", {}, `The first record that does not fit is number ${whole(found.first_wrong)}. Whoever runs this host should explain it; what comes after proves nothing.`));
+        h("p", {}, `The first record that does not fit is number ${whole(found.first_wrong.sequence)}: ${found.first_wrong.why}. What comes after it proves nothing; whoever runs this host should explain it.`));
     }
   }).root;
 }
