@@ -18,6 +18,7 @@ pub mod host;
 pub mod http;
 pub mod identity;
 pub mod join;
+pub mod ledger_pages;
 pub mod net;
 pub mod plot;
 pub mod receipts;

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::donor;
 use crate::join::receipts::{RECEIPTS_FILE, Receipt};
+use crate::ledger_pages::LedgerPages;
 use crate::replay::{Records, open_ledger};
 use crate::store::read_bounded;
 
@@ -24,9 +25,10 @@ const RECEIPTS_BYTES_MAX: u64 = 1 << 30;
 pub struct ReceiptsArgs {
     /// A volunteer's directory [default: in the user's state directory].
     dir: Option<PathBuf>,
-    /// The directory of a host that is not running: its ledger is checked, and then searched.
-    #[arg(long, value_name = "DIR")]
-    ledger: PathBuf,
+    /// The address of a host, as it printed it, or the directory of one that is not running: its
+    /// ledger is checked, and then searched.
+    #[arg(long, value_name = "URL|DIR")]
+    ledger: String,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -62,12 +64,22 @@ pub struct Findings {
 pub fn run(args: &ReceiptsArgs) -> Result<ExitCode> {
     let dir = args.dir.clone().unwrap_or_else(donor::default_dir);
     let receipts = read(&dir.join(RECEIPTS_FILE))?;
-    let storage = open_ledger(&args.ledger)?;
-    let mut records = Records { storage: &storage, next: 0, page: Vec::new(), error: None };
-    let found = check(&receipts, &mut records)?;
-    if let Some(error) = records.error {
-        return Err(error.context("cannot read the ledger"));
-    }
+    let is_url = args.ledger.starts_with("http://") || args.ledger.starts_with("https://");
+    let found = if is_url {
+        let mut pages = LedgerPages::of(&args.ledger);
+        let found = check(&receipts, &mut pages);
+        // Why the ledger ended matters more than what is missing then.
+        pages.finish()?;
+        found?
+    } else {
+        let storage = open_ledger(Path::new(&args.ledger))?;
+        let mut records = Records { storage: &storage, next: 0, page: Vec::new(), error: None };
+        let found = check(&receipts, &mut records);
+        if let Some(error) = records.error {
+            return Err(error.context("cannot read the ledger"));
+        }
+        found?
+    };
     if args.json {
         println!("{}", serde_json::to_string(&found)?);
     } else {

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
 mod limits;
+mod pages;
 mod support;
 
 use std::collections::BTreeMap;
