@@ -7,7 +7,7 @@ SHELL := /bin/bash
 
 MANYHANDS := target/release/manyhands
 
-.PHONY: help build demo test lint unit wasm aarch64 tint bench clean
+.PHONY: help build demo test lint unit fuzz wasm aarch64 tint bench clean
 
 help:
 	@echo "make demo   a swarm on this machine trains a tiny model (some minutes after the build)"
@@ -27,11 +27,12 @@ demo:
 bench: build
 	$(MANYHANDS) bench
 
-test: lint unit wasm aarch64 tint
+test: lint unit fuzz wasm aarch64 tint
 
 lint:
 	@.ci/packages cc
 	cargo fmt --all --check
+	cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
 	cargo clippy --locked --workspace --all-targets --all-features -- -D warnings
 	.ci/wasm clippy
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --quiet
@@ -40,6 +41,11 @@ lint:
 unit:
 	@.ci/packages cc vulkan
 	GPU_REQUIRED=1 cargo test --locked --workspace --all-features
+
+# Mutates the bytes of every message and file that comes from outside; FUZZ_SECONDS=3600 for a long run.
+FUZZ_SECONDS := 60
+fuzz:
+	.ci/fuzz $(FUZZ_SECONDS)
 
 wasm:
 	@.ci/packages cc node

@@ -358,4 +358,15 @@ mod tests {
         assert!(!left.exists());
         assert_eq!(store.total_bytes(), 0);
     }
+
+    #[test]
+    fn chunk_lists_in_memory_are_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = BlobStore::open(dir.path(), 1 << 20).unwrap();
+        for i in 0..LISTS_MAX + 10 {
+            let hash = store.put(&i.to_le_bytes()).unwrap();
+            assert!(store.chunk_list(&hash).unwrap().verify(&hash));
+        }
+        assert_eq!(store.state().lists.len(), LISTS_MAX);
+    }
 }

@@ -284,3 +284,18 @@ pub fn load_weights(path: &Path) -> Result<(Weights, RunConfig)> {
     };
     load().with_context(|| format!("cannot load {}", dir.display()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_over_its_bound_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        fs::write(&path, [7; 100]).unwrap();
+        assert_eq!(read_bounded(&path, 100).unwrap(), [7; 100]);
+        let error = read_bounded(&path, 99).unwrap_err().to_string();
+        assert!(error.contains("larger than 99 bytes"), "{error}");
+    }
+}

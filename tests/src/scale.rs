@@ -2,9 +2,13 @@
 //! Units are counted instead of executed; everything else that decides who gets what is the
 //! coordination peer's own code. Roll-backs are counted, not carried out.
 
+mod bytes;
 mod figures;
 mod results;
+mod volunteers;
 mod world;
+
+use manyhands_core::run::config::SwarmSection;
 
 pub use figures::Figures;
 
@@ -21,10 +25,15 @@ pub struct Scale {
     pub step_seconds: f64,
     /// Share of volunteers that cheat: half of them always, half 5% of the time once trusted.
     pub cheats: f64,
+    /// Share of volunteers, but for those that always cheat, that have been trusted for long: a
+    /// swarm that has grown, instead of one that is new.
+    pub veterans: f64,
     /// Mean seconds for which a volunteer stays; 0 for ever.
     pub stay_seconds: f64,
     /// Mean seconds for which it stays away.
     pub away_seconds: f64,
+    /// What the run file says of work and its verification.
+    pub policy: SwarmSection,
     /// Seed of everything.
     pub seed: u64,
 }
@@ -38,8 +47,10 @@ impl Scale {
             policy_lag,
             step_seconds: 120.0,
             cheats: 0.1,
+            veterans: 0.0,
             stay_seconds: 3600.0,
             away_seconds: 300.0,
+            policy: SwarmSection::default(),
             seed: 1,
         }
     }

@@ -19,6 +19,7 @@ pub mod replay;
 pub mod scheduler;
 pub mod share;
 pub mod status;
+pub mod streams;
 pub mod trust;
 pub mod unit;
 mod versions;

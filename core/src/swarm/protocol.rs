@@ -269,3 +269,62 @@ impl Response {
         decode::<_, { 4 * RESPONSE_BYTES_MAX }>(bytes)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hello(agent: usize, speed: f64) -> Request {
+        let text = |n: usize| "x".repeat(n);
+        Request::Hello {
+            protocol: PROTOCOL,
+            digest: text(32),
+            agent: text(agent),
+            engine: text(TEXT_BYTES_MAX),
+            speed,
+        }
+    }
+
+    /// At each bound a request is read, and one beyond it is no message.
+    #[test]
+    fn request_beyond_any_of_its_bounds_is_no_message() {
+        let hashes = |n: usize| vec![Hash([3; 32]); n];
+        let follow = |token: usize, count: usize, length: usize| Request::Follow {
+            token: "t".repeat(token),
+            addresses: vec!["a".repeat(length); count],
+        };
+        let weights = |n| Request::Weights { want: Hash([1; 32]), have: hashes(n) };
+        let ledger = |limit| Request::Ledger { from: u64::MAX, limit };
+        let pairs = [
+            (hello(TEXT_BYTES_MAX, 1.0), hello(TEXT_BYTES_MAX + 1, 1.0)),
+            (hello(0, f64::MAX), hello(0, f64::INFINITY)),
+            (hello(0, 0.0), hello(0, -1.0)),
+            (Request::Beat { units: hashes(HAVE_MAX) }, Request::Beat { units: hashes(9) }),
+            (Request::Release { units: hashes(HAVE_MAX) }, Request::Release { units: hashes(9) }),
+            (weights(HAVE_MAX), weights(HAVE_MAX + 1)),
+            (ledger(RECORDS_MAX), ledger(RECORDS_MAX + 1)),
+            (follow(TEXT_BYTES_MAX, 1, 1), follow(TEXT_BYTES_MAX + 1, 1, 1)),
+            (follow(1, ADDRESSES_MAX, 1), follow(1, ADDRESSES_MAX + 1, 1)),
+            (follow(1, 1, 2 * TEXT_BYTES_MAX), follow(1, 1, 2 * TEXT_BYTES_MAX + 1)),
+        ];
+        for (good, bad) in pairs {
+            assert_eq!(Request::decode(&good.encode()).as_ref(), Ok(&good));
+            assert_eq!(Request::decode(&bad.encode()), Err(NoMessage), "{bad:?}");
+        }
+    }
+
+    /// Bytes after a message, and messages that are too long as a whole, are refused unread.
+    #[test]
+    fn message_longer_than_its_bound_is_refused() {
+        let mut bytes = Request::Take.encode();
+        bytes.push(0);
+        assert_eq!(Request::decode(&bytes), Err(NoMessage));
+        let response = |n| Response::Unit { unit: vec![7; n], accepted: Vec::new() };
+        let largest = response(UNIT_BYTES_MAX);
+        assert_eq!(Response::decode(&largest.encode()), Ok(largest));
+        let beyond = response(RESPONSE_BYTES_MAX).encode();
+        assert!(beyond.len() > RESPONSE_BYTES_MAX);
+        assert_eq!(Response::decode(&beyond), Err(NoMessage));
+        assert_eq!(Request::decode(&vec![0; REQUEST_BYTES_MAX + 1]), Err(NoMessage));
+    }
+}

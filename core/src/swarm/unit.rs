@@ -134,3 +134,64 @@ pub fn result_bytes_max(work: &Work, model: &ModelConfig) -> u64 {
     };
     (4096 + stats).min(RESULT_BYTES_MAX as u64)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::generate::Request;
+    use crate::run::work::Scored;
+
+    fn model() -> ModelConfig {
+        ModelConfig::preset("nano", 128, 32_768).expect("a preset")
+    }
+
+    /// A unit is refused by its length alone; one that is as long as it may be is read.
+    #[test]
+    fn unit_beyond_its_bound_is_refused() {
+        let unit = |count| {
+            let sequences = vec![Scored { tokens: vec![5; 32_768], first: 1 }; count];
+            let work = Work::Score { temperature_scale: 4_000_000, sequences };
+            Unit { weights: Hash([1; 32]), work }
+        };
+        let large = unit(UNIT_BYTES_MAX / 32_900);
+        assert_eq!(Unit::decode(&large.encode(), &model()).as_ref(), Ok(&large));
+        let beyond = unit(1 + UNIT_BYTES_MAX / 32_768).encode();
+        assert!(beyond.len() > UNIT_BYTES_MAX);
+        assert_eq!(Unit::decode(&beyond, &model()), Err(Malformed("a unit that is too large")));
+    }
+
+    /// What may be announced is never less than a correct result has, and bounded in any case.
+    #[test]
+    fn result_of_any_work_fits_what_may_be_announced() {
+        let row = RowStats { t: i32::MAX, total: u64::MAX, moment: u64::MAX, greedy: 0 };
+        let sample = |count: usize, new: u32| Work::Sample {
+            seed: 0,
+            temperature_scale: None,
+            max_new_tokens: new,
+            end: 2,
+            requests: vec![Request { prompt: vec![1], stream: [0; 3] }; count],
+        };
+        let longest = Completion { tokens: vec![u32::MAX; 100], stats: vec![row; 100] };
+        let values = Values::Samples(vec![longest; 20]);
+        let output = Output { saturations: Saturations([u64::MAX; SITE_COUNT]), values };
+        let bytes = encode_output(&output).len() as u64;
+        let announced = result_bytes_max(&sample(20, 100), &model());
+        assert!(bytes <= announced && announced < 2 * bytes + 8192, "{bytes} {announced}");
+        let endless = result_bytes_max(&sample(100_000, 30_000), &model());
+        assert_eq!(endless, RESULT_BYTES_MAX as u64);
+    }
+
+    /// A length that no bytes stand behind is refused without memory for it.
+    #[test]
+    fn result_that_claims_more_than_it_has_is_refused() {
+        let work = Work::Score {
+            temperature_scale: 4_000_000,
+            sequences: vec![Scored { tokens: vec![5; 3], first: 1 }],
+        };
+        let mut bytes = vec![0; SITE_COUNT];
+        // Scores, then a length of 2^60 sequences.
+        bytes.extend([1, 253, 0, 0, 0, 0, 0, 0, 0, 16]);
+        let refused = decode_output(&bytes, &work, &model());
+        assert_eq!(refused, Err(Malformed("the bytes are no result")));
+    }
+}

@@ -3,6 +3,7 @@
 //! Where a Python with numpy (and torch) is given, its products (and training steps) are measured
 //! in the same run, alternating with ours.
 
+mod audit;
 mod blobs;
 mod memory;
 mod peers;
@@ -29,6 +30,8 @@ enum Section {
     Step,
     /// Batched decoding.
     Decode,
+    /// Auditing rollouts by prefill, against generating them.
+    Audit,
     /// Cost by model size, context and batch.
     Scale,
     /// Peak memory of a training step, and growth over many.
@@ -137,6 +140,9 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     }
     if wanted(Section::Decode) {
         training::decode(&mut table, &threads, args.rounds)?;
+    }
+    if wanted(Section::Audit) {
+        audit::run(&mut table, &threads, args.rounds)?;
     }
     if wanted(Section::Scale) {
         training::scale(&mut table, all)?;

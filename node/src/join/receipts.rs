@@ -76,3 +76,23 @@ impl Receipts {
         eprintln!("{} units accepted in {:.0} s", self.accepted, elapsed.as_secs_f64());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Results that no ledger takes are forgotten, and those that it takes are kept on disk.
+    #[test]
+    fn receipts_that_wait_are_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut receipts = Receipts::open(dir.path(), Secret::from_seed(&[1; 32])).unwrap();
+        let unit = |i: usize| Hash::of(&i.to_le_bytes());
+        for i in 0..WAITING_MAX + 100 {
+            receipts.keep(unit(0), unit(i), unit(i), 7).unwrap();
+            assert!(receipts.waiting.len() <= WAITING_MAX);
+        }
+        (0..WAITING_MAX + 100).for_each(|i| receipts.accepted(unit(i), i as u64).unwrap());
+        let text = std::fs::read_to_string(dir.path().join(RECEIPTS_FILE)).unwrap();
+        assert_eq!(text.lines().count(), WAITING_MAX);
+    }
+}

@@ -7,6 +7,7 @@ use std::io;
 use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use libp2p::StreamProtocol;
 use libp2p::request_response::Codec;
+use manyhands_core::swarm::streams::message_bytes;
 use tokio::sync::oneshot;
 
 use super::limits::{REQUEST_BYTES_MAX, RESPONSE_BYTES_MAX};
@@ -98,11 +99,10 @@ where
 {
     let mut length = [0; 4];
     io.read_exact(&mut length).await?;
-    let length = u32::from_le_bytes(length) as usize;
-    if length > max {
-        let message = format!("a message of {length} bytes is over {max}");
+    let Some(length) = message_bytes(length, max) else {
+        let message = format!("a message is longer than {max} bytes");
         return Err(io::Error::new(io::ErrorKind::InvalidData, message));
-    }
+    };
     let mut bytes = Vec::new();
     io.take(length as u64).read_to_end(&mut bytes).await?;
     if bytes.len() < length {

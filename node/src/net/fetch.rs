@@ -12,14 +12,15 @@ use anyhow::{Context, Result, ensure};
 use futures::future::join_all;
 use futures::{AsyncReadExt, AsyncWriteExt};
 use libp2p::Stream;
-use manyhands_core::swarm::chunks::{BLOB_BYTES_MAX, CHUNK_BYTES, ChunkList};
+use manyhands_core::swarm::chunks::ChunkList;
 use manyhands_core::swarm::ids::{Hash, PeerKey};
+use manyhands_core::swarm::streams::{BlobHeader, list_bytes, read_list};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout_at;
 
 use super::Net;
 use super::limits::Pace;
-use super::serve::{FOUND, HEADER_BYTES};
+use super::serve::FOUND;
 use super::streams::BLOB_PROTOCOL;
 use super::traffic::Kind;
 use crate::blobs::{BlobStore, Partial};
@@ -133,26 +134,22 @@ async fn find(net: &Net, source: PeerKey, hash: &Hash) -> Result<(ChunkList, Str
     let mut length = [0; 8];
     timeout_at(start.deadline(0), stream.read_exact(&mut length)).await??;
     let length = u64::from_le_bytes(length);
-    if length > BLOB_BYTES_MAX {
+    let Some(list_bytes) = list_bytes(length) else {
         return Err(Fault::There(anyhow::anyhow!("it claims {length} bytes")));
-    }
-    let count = length.div_ceil(CHUNK_BYTES as u64).max(1);
+    };
     let mut values = Vec::new();
-    let mut list = (&mut stream).take(count * 32);
-    timeout_at(start.deadline(count * 32), list.read_to_end(&mut values)).await??;
-    let values = values.chunks_exact(32).filter_map(|v| v.try_into().ok()).collect();
-    let list = ChunkList { length, values };
-    if !list.verify(hash) {
-        return Err(Fault::There(anyhow::anyhow!("it sent a wrong chunk list")));
+    let mut list = (&mut stream).take(list_bytes as u64);
+    timeout_at(start.deadline(list_bytes as u64), list.read_to_end(&mut values)).await??;
+    match read_list(hash, length, &values) {
+        Some(list) => Ok((list, stream)),
+        None => Err(Fault::There(anyhow::anyhow!("it sent a wrong chunk list"))),
     }
-    Ok((list, stream))
 }
 
 /// Opens a stream to a source that has the blob.
-async fn open(net: &Net, source: PeerKey, hash: &Hash, list: bool) -> Result<Stream, Fault> {
+async fn open(net: &Net, source: PeerKey, hash: &Hash, wants_list: bool) -> Result<Stream, Fault> {
     let mut stream = net.open_stream(source, BLOB_PROTOCOL).await.map_err(Fault::There)?;
-    let mut header = [u8::from(list); HEADER_BYTES];
-    header[..32].copy_from_slice(&hash.0);
+    let header = BlobHeader { blob: *hash, wants_list }.encode();
     let deadline = Pace::start(&net.limits).deadline(0);
     let mut status = [0];
     let ask = async {

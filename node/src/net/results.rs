@@ -11,6 +11,7 @@ use anyhow::{Result, bail, ensure};
 use futures::{AsyncReadExt, AsyncWriteExt};
 use libp2p::Stream;
 use manyhands_core::swarm::ids::{Hash, PeerKey};
+use manyhands_core::swarm::streams::{UPLOAD_HEADER_BYTES, UploadHeader};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{timeout, timeout_at};
 
@@ -20,8 +21,6 @@ use super::limits::{
 };
 use super::traffic::{Counters, Kind};
 
-/// Unit, then length.
-const HEADER_BYTES: usize = 40;
 /// Read and hashed, or written, at a time.
 const PIECE_BYTES: usize = 256 << 10;
 /// The unit in which memory is set aside.
@@ -156,11 +155,9 @@ impl Receiver {
     }
 
     async fn receive(&self, peer: PeerKey, mut stream: Stream) -> io::Result<()> {
-        let mut header = [0; HEADER_BYTES];
+        let mut header = [0; UPLOAD_HEADER_BYTES];
         timeout(self.limits.grace, stream.read_exact(&mut header)).await??;
-        let (unit, length) = header.split_at(32);
-        let unit = Hash(unit.try_into().map_err(io::Error::other)?);
-        let length = u64::from_le_bytes(length.try_into().map_err(io::Error::other)?);
+        let UploadHeader { unit, length } = UploadHeader::decode(&header);
         let Some(receipt) = self.expected.begin(peer, unit, length) else {
             return self.acknowledge(stream, Ack::Unexpected).await;
         };
@@ -241,7 +238,7 @@ pub(super) async fn send(
     let upload = async {
         let pace = Pace::start(limits);
         let length = bytes.len() as u64;
-        let header = [&unit.0[..], &length.to_le_bytes()].concat();
+        let header = UploadHeader { unit, length }.encode();
         timeout_at(pace.deadline(0), write.write_all(&header)).await??;
         for (i, piece) in bytes.chunks(PIECE_BYTES).enumerate() {
             let deadline = pace.deadline(((i + 1) * PIECE_BYTES) as u64);
@@ -296,5 +293,21 @@ mod tests {
         assert_eq!(expected.begin(peer, unit(1), 10), None, "taken already");
         expected.forget_peer(peer);
         assert_eq!(expected.lock().len(), 1);
+    }
+
+    #[test]
+    fn expectations_of_all_peers_together_are_bounded() {
+        let expected = Expected::default();
+        let peers = EXPECTED_MAX / EXPECTED_A_PEER_MAX;
+        let expect = |peer: usize, unit: usize| {
+            let mut key = [0; 32];
+            key[..8].copy_from_slice(&(peer as u64).to_le_bytes());
+            expected.expect(PeerKey(key), Hash::of(&unit.to_le_bytes()), Hash([0; 32]), 10)
+        };
+        for peer in 0..peers {
+            (0..EXPECTED_A_PEER_MAX).for_each(|unit| expect(peer, unit).unwrap());
+        }
+        let error = expect(peers, 0).unwrap_err().to_string();
+        assert!(error.contains("expected already"), "{error}");
     }
 }

@@ -61,11 +61,15 @@ impl Raw {
         self.control.open_stream(self.node, StreamProtocol::new(protocol)).await.unwrap()
     }
 
+    /// Streams of blobs that the node opens.
+    pub(super) fn accept(&mut self) -> libp2p_stream::IncomingStreams {
+        self.control.accept(StreamProtocol::new("/manyhands/blob/1")).unwrap()
+    }
+
     /// Serves the chunk list of one blob, and the chunks of another.
     pub(super) fn serve(&mut self, list_of: &[u8], chunks: Vec<u8>) {
         let list = ChunkList::of(list_of);
-        let protocol = StreamProtocol::new("/manyhands/blob/1");
-        let mut streams = self.control.accept(protocol).unwrap();
+        let mut streams = self.accept();
         tokio::spawn(async move {
             while let Some((_, mut stream)) = streams.next().await {
                 let (list, chunks) = (list.clone(), chunks.clone());

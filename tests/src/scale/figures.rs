@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use super::bytes::PARAMETERS;
+
 /// Sums of a simulation; multiply-adds unless they say otherwise.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Figures {
@@ -29,8 +31,18 @@ pub struct Figures {
     pub late_useful: f64,
     /// Audits of the second half.
     pub late_audited: f64,
-    /// Requests to the coordination peer.
+    /// Requests to the coordination peer, each of which has one answer.
     pub messages: u64,
+    /// Bytes of both, without units.
+    pub message_bytes: u64,
+    /// Bytes of units.
+    pub unit_bytes: u64,
+    /// Bytes of results.
+    pub result_bytes: u64,
+    /// Bytes of versions.
+    pub version_bytes: u64,
+    /// What happened in the simulation.
+    pub events: u64,
     /// Units that were accepted.
     pub units: u64,
     /// Audits by the coordination peer itself.
@@ -98,11 +110,29 @@ impl fmt::Display for Figures {
             "units            {} accepted, {} backups, {} lapsed leases, {} own audits",
             self.units, self.backups, self.lapsed, self.own_audits
         )?;
+        let a_step = |x: u64| x as f64 / steps;
+        let units = self.units.max(1) as f64;
         writeln!(
             f,
-            "messages         {:.0} a step, {:.2} a unit",
-            self.messages as f64 / steps,
-            self.messages as f64 / self.units.max(1) as f64
+            "throughput       {:.3e} multiply-adds a second, {:.0} units a second",
+            self.useful / self.seconds.max(1.0),
+            units / self.seconds.max(1.0)
+        )?;
+        writeln!(
+            f,
+            "messages         {:.0} a step, {:.2} a unit, {:.0} a second",
+            a_step(self.messages),
+            self.messages as f64 / units,
+            self.messages as f64 / self.seconds.max(1.0)
+        )?;
+        writeln!(
+            f,
+            "bytes a step     messages {:.3e}, units {:.3e}, results {:.3e}, versions {:.3e} ({} M parameters)",
+            a_step(self.message_bytes),
+            a_step(self.unit_bytes),
+            a_step(self.result_bytes),
+            a_step(self.version_bytes),
+            PARAMETERS / 1_000_000
         )?;
         write!(
             f,

@@ -5,10 +5,59 @@ use manyhands_core::swarm::coordinator::OWN_CHECKS_MAX;
 use manyhands_core::swarm::ledger::Offence;
 use manyhands_core::swarm::scheduler::{Kind, TaskId, Urgency};
 
-use super::world::{Audit, Honesty, OWN_SPEED, What, World, item_cost, key};
+use super::volunteers::Honesty;
+use super::world::{Audit, ITEM_COST, OWN_SPEED, What, Work, World, key};
 
 impl World<'_> {
-    pub(super) fn accept(&mut self, task: TaskId) {
+    pub(super) fn result(&mut self, who: usize, work: Work) {
+        self.message(who, self.sizes.receipt);
+        if !self.scheduler.holds(key(who), work.task) {
+            self.figures.wasted += work.cost as f64;
+            return;
+        }
+        if work.is_audit {
+            self.scheduler.finished(key(who), work.task, work.cost, self.now_ms);
+            return self.audited(work.task, Some(who));
+        }
+        let Some(unit) = self.units.get(&work.task) else { return };
+        let (path, cost, items) = (unit.path, unit.cost, unit.count as u64);
+        self.figures.result_bytes += self.sizes.result(usize::from(work.kind), items);
+        self.scheduler.finished(key(who), work.task, cost, self.now_ms);
+        self.scheduler.deliver(work.task);
+        let trusted = self.scheduler.is_trusted(&key(who));
+        let is_false = match self.volunteers[who].honesty {
+            Honesty::Honest => false,
+            Honesty::Liar => true,
+            Honesty::Turncoat => trusted && self.random() < 0.05,
+        };
+        let audit = Audit { of: who, items, cost, is_false, holds: None };
+        if !trusted {
+            let audit = Audit { holds: Some(work.task), ..audit };
+            return self.request(path, audit, Urgency::Admission);
+        }
+        let p = self.scheduler.standing(key(who)).audit_probability(&self.scale.policy);
+        if self.random() < p {
+            self.request(path, audit, Urgency::Spot);
+        } else {
+            let (all, lies) = &mut self.volunteers[who].unaudited;
+            *all += cost;
+            *lies += if is_false { cost } else { 0 };
+        }
+        self.figures.false_units += u64::from(is_false);
+        self.accept(work.task);
+    }
+
+    fn request(&mut self, path: JobPath, audit: Audit, urgency: Urgency) {
+        let kind = match Kind::of(path.stage) {
+            Kind::Sample => Kind::Forward,
+            kind => kind,
+        };
+        let id = self.scheduler.request_audit(key(audit.of), kind, audit.cost, urgency);
+        self.volunteers[audit.of].audits.push(id);
+        self.audits.insert(id, audit);
+    }
+
+    fn accept(&mut self, task: TaskId) {
         let Some(unit) = self.units.remove(&task) else { return };
         self.scheduler.forget(task);
         self.figures.units += 1;
@@ -61,16 +110,26 @@ impl World<'_> {
         self.push(self.now_ms + ms.max(1), 0, What::Own(id));
     }
 
-    pub(super) fn audited(&mut self, id: TaskId, by: Option<usize>) {
-        let Some(audit) = self.audits.remove(&id) else { return };
+    fn end_audit(&mut self, id: TaskId) -> Option<Audit> {
+        let audit = self.audits.remove(&id)?;
         self.scheduler.finish_audit(id);
+        let of = &mut self.volunteers[audit.of].audits;
+        if let Some(at) = of.iter().position(|a| *a == id) {
+            of.swap_remove(at);
+        }
+        Some(audit)
+    }
+
+    pub(super) fn audited(&mut self, id: TaskId, by: Option<usize>) {
+        let Some(audit) = self.end_audit(id) else { return };
         self.figures.audited += audit.cost as f64;
-        let drawn = self.random() < self.policy.audit_the_auditors;
+        let drawn = self.random() < self.scale.policy.audit_the_auditors;
         let has_time = self.scheduler.own_audits_waiting() < OWN_CHECKS_MAX;
         if by.is_some() && (audit.is_false || drawn && has_time) {
             let (of, kind) = (key(audit.of), Kind::Forward);
             let urgency = if audit.is_false { Urgency::Redo } else { Urgency::Spot };
             let id = self.scheduler.request_own_audit(of, kind, audit.cost, urgency);
+            self.volunteers[audit.of].audits.push(id);
             self.audits.insert(id, audit);
             return;
         }
@@ -100,18 +159,18 @@ impl World<'_> {
         *count += 1;
         self.leave(who);
         self.scheduler.expel(key(who), Offence::WrongResult);
-        let own: Vec<TaskId> =
-            self.audits.iter().filter(|(_, a)| a.of == who).map(|(id, _)| *id).collect();
-        for id in own {
-            self.scheduler.finish_audit(id);
-            if let Some(Audit { holds: Some(task), .. }) = self.audits.remove(&id) {
+        for id in std::mem::take(&mut self.volunteers[who].audits) {
+            if let Some(Audit { holds: Some(task), .. }) = self.end_audit(id) {
                 self.scheduler.reopen(task);
             }
         }
-        for (cost, is_false) in std::mem::take(&mut self.volunteers[who].unaudited) {
-            // Done again at once by the coordination peer or others: all of it is verification.
-            self.figures.audited += cost as f64;
-            self.figures.wasted += if is_false { cost as f64 } else { 0.0 };
-        }
+        // Done again at once by the coordination peer or others: all of it is verification.
+        let (all, lies) = std::mem::take(&mut self.volunteers[who].unaudited);
+        self.figures.audited += all as f64;
+        self.figures.wasted += lies as f64;
     }
+}
+
+pub(super) fn item_cost(kind: Kind) -> u64 {
+    if kind == Kind::Gradient { 3 * ITEM_COST } else { ITEM_COST }
 }

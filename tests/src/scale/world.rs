@@ -1,25 +1,22 @@
-//! The simulated time: volunteers, their network, and what a coordination peer does with results.
+//! The simulated time: what happens when, and to whom.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 
-use manyhands_core::run::config::SwarmSection;
 use manyhands_core::run::job::JobPath;
 use manyhands_core::swarm::ids::PeerKey;
-use manyhands_core::swarm::scheduler::{
-    Assignment, Kind, LEASES_A_VOLUNTEER_MAX, Scheduler, TaskId, Urgency,
-};
+use manyhands_core::swarm::scheduler::{Scheduler, TaskId};
 
+use super::bytes::Sizes;
+use super::volunteers::{Honesty, Volunteer};
 use super::{Figures, Scale};
 
 /// Multiply-adds of sampling one item; a gradient takes three times as many.
-const ITEM_COST: u64 = 2_000_000_000;
-/// Multiply-adds a second of the slowest volunteer; the fastest is 20 times faster.
-const SPEED_MIN: f64 = 5e9;
-/// Pause between two signs of life.
-const BEAT_MS: u64 = 7_500;
+pub(super) const ITEM_COST: u64 = 2_000_000_000;
 /// Speed of the coordination peer's own engine.
 pub(super) const OWN_SPEED: f64 = 2e10;
+/// Between two looks at what lapsed.
+const TICK_MS: u64 = 1000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum What {
@@ -44,32 +41,10 @@ pub(super) enum What {
 /// A lease: what it costs and how it is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Work {
-    task: TaskId,
-    cost: u64,
-    kind: usize,
-    is_audit: bool,
-}
-
-#[derive(Clone, Copy, PartialEq)]
-pub(super) enum Honesty {
-    Honest,
-    Liar,
-    Turncoat,
-}
-
-pub(super) struct Volunteer {
-    pub(super) honesty: Honesty,
-    pub(super) speed: [f64; 3],
-    pub(super) latency_ms: u64,
-    pub(super) present: bool,
-    /// Visits so far: what belongs to an earlier one is void.
-    pub(super) visit: u32,
-    pub(super) since_ms: u64,
-    pub(super) asking: bool,
-    pub(super) computing: bool,
-    pub(super) queue: Vec<Work>,
-    /// False or not, of units that no audit looked at: cost.
-    pub(super) unaudited: Vec<(u64, bool)>,
+    pub(super) task: TaskId,
+    pub(super) cost: u64,
+    pub(super) kind: u8,
+    pub(super) is_audit: bool,
 }
 
 pub(super) struct Unit {
@@ -80,6 +55,7 @@ pub(super) struct Unit {
 
 pub(super) struct Audit {
     pub(super) of: usize,
+    pub(super) items: u64,
     pub(super) cost: u64,
     pub(super) is_false: bool,
     /// The unit that waits for it, if it is a newcomer's.
@@ -87,15 +63,18 @@ pub(super) struct Audit {
 }
 
 /// When, order among the same, whose, at which of its visits, what.
-type Due = (u64, u64, usize, u32, What);
+type Due = (u64, u64, u32, u32, What);
 
 pub(super) struct World<'a> {
     pub(super) scale: &'a Scale,
-    pub(super) policy: SwarmSection,
     pub(super) scheduler: Scheduler,
-    pub(super) queue: BinaryHeap<Reverse<Due>>,
-    pub(super) events: u64,
+    pub(super) sizes: Sizes,
+    queue: BinaryHeap<Reverse<Due>>,
+    events: u64,
     pub(super) volunteers: Vec<Volunteer>,
+    /// Questions for work that have no answer yet, of those who may audit and of the others: until
+    /// when, whose, at which visit.
+    pub(super) waiting: [VecDeque<(u64, usize, u32)>; 2],
     pub(super) units: BTreeMap<TaskId, Unit>,
     pub(super) audits: BTreeMap<TaskId, Audit>,
     /// Items that a job still needs.
@@ -104,7 +83,7 @@ pub(super) struct World<'a> {
     pub(super) sampled: u64,
     pub(super) step: u64,
     pub(super) own_busy: bool,
-    pub(super) rng: u64,
+    rng: u64,
     pub(super) now_ms: u64,
     pub(super) figures: Figures,
 }
@@ -121,14 +100,14 @@ fn index(key: &PeerKey) -> usize {
 
 impl<'a> World<'a> {
     pub(super) fn new(scale: &'a Scale) -> Self {
-        let policy = SwarmSection::default();
         let mut world = Self {
             scale,
-            scheduler: Scheduler::new(policy.clone(), 0),
-            policy,
+            scheduler: Scheduler::new(scale.policy.clone(), 0),
+            sizes: Sizes::new(),
             queue: BinaryHeap::new(),
             events: 0,
             volunteers: Vec::new(),
+            waiting: [VecDeque::new(), VecDeque::new()],
             units: BTreeMap::new(),
             audits: BTreeMap::new(),
             jobs: BTreeMap::new(),
@@ -142,7 +121,7 @@ impl<'a> World<'a> {
         };
         let mut seconds_an_item = 0.0;
         for i in 0..scale.volunteers {
-            let volunteer = world.volunteer();
+            let volunteer = world.volunteer(i);
             // Rollout and gradient of one item, by all together.
             let sample = ITEM_COST as f64 / volunteer.speed[0];
             let gradient = 3.0 * ITEM_COST as f64 / volunteer.speed[2];
@@ -152,32 +131,9 @@ impl<'a> World<'a> {
             world.push(at, i, What::Arrive);
         }
         world.items = (seconds_an_item * scale.step_seconds).max(8.0) as usize;
-        world.push(1000, 0, What::Tick);
+        world.push(TICK_MS, 0, What::Tick);
         world.open_jobs();
         world
-    }
-
-    fn volunteer(&mut self) -> Volunteer {
-        let speed = SPEED_MIN * 20.0_f64.powf(self.random());
-        let decode = 0.15 + 0.2 * self.random();
-        let (draw, half) = (self.random(), self.random() < 0.5);
-        let honesty = match (draw < self.scale.cheats, half) {
-            (false, _) => Honesty::Honest,
-            (true, true) => Honesty::Liar,
-            (true, false) => Honesty::Turncoat,
-        };
-        Volunteer {
-            honesty,
-            speed: [speed * decode, speed, speed * 0.8],
-            latency_ms: 25 + (self.random() * 225.0) as u64,
-            present: false,
-            visit: 0,
-            since_ms: 0,
-            asking: false,
-            computing: false,
-            queue: Vec::new(),
-            unaudited: Vec::new(),
-        }
     }
 
     /// Splitmix64, 0 to 1.
@@ -192,7 +148,7 @@ impl<'a> World<'a> {
     pub(super) fn push(&mut self, at_ms: u64, who: usize, what: What) {
         let visit = self.volunteers.get(who).map_or(0, |v| v.visit);
         self.events += 1;
-        self.queue.push(Reverse((at_ms, self.events, who, visit, what)));
+        self.queue.push(Reverse((at_ms, self.events, who as u32, visit, what)));
     }
 
     pub(super) fn run(mut self) -> Figures {
@@ -200,7 +156,7 @@ impl<'a> World<'a> {
         let mut first_half = None;
         while let Some(Reverse((at, _, who, visit, what))) = self.queue.pop() {
             self.now_ms = at;
-            self.event(who, visit, what);
+            self.event(who as usize, visit, what);
             if self.step >= half && first_half.is_none() {
                 first_half = Some(self.seen());
             }
@@ -231,6 +187,7 @@ impl<'a> World<'a> {
         figures.seconds = self.now_ms as f64 / 1e3;
         figures.backups = self.scheduler.counts.backups;
         figures.lapsed = self.scheduler.counts.lapsed;
+        figures.events = self.events;
         figures
     }
 
@@ -248,10 +205,7 @@ impl<'a> World<'a> {
             What::Given(work) => self.given(who, work),
             What::Computed(work) => self.computed(who, work),
             What::Result(work) => self.result(who, work),
-            What::Beat => {
-                self.message(who);
-                self.push(self.now_ms + BEAT_MS, who, What::Beat);
-            }
+            What::Beat => self.beat(who),
             What::Own(id) => {
                 self.own_busy = false;
                 self.audited(id, None);
@@ -260,173 +214,17 @@ impl<'a> World<'a> {
                 for peer in self.scheduler.expire(self.now_ms) {
                     self.expel(index(&peer));
                 }
-                self.push(self.now_ms + 1000, 0, What::Tick);
+                self.push(self.now_ms + TICK_MS, 0, What::Tick);
             }
         }
+        self.serve_waiting();
         self.audit_myself();
     }
 
-    fn message(&mut self, who: usize) {
+    /// A request and its answer, of so many bytes together.
+    pub(super) fn message(&mut self, who: usize, bytes: u64) {
         self.figures.messages += 1;
+        self.figures.message_bytes += bytes;
         self.scheduler.touch(key(who), self.now_ms);
-    }
-
-    fn arrive(&mut self, who: usize) {
-        if self.scheduler.is_expelled(&key(who)) {
-            return;
-        }
-        self.scheduler.arrive(key(who), self.volunteers[who].speed[1], self.now_ms);
-        self.figures.messages += 1;
-        let stay = -self.random().max(1e-9).ln() * self.scale.stay_seconds * 1e3;
-        let v = &mut self.volunteers[who];
-        v.visit += 1;
-        (v.present, v.since_ms, v.asking, v.computing) = (true, self.now_ms, false, false);
-        v.queue.clear();
-        if self.scale.stay_seconds > 0.0 {
-            self.push(self.now_ms + stay as u64, who, What::Go);
-        }
-        self.push(self.now_ms + BEAT_MS, who, What::Beat);
-        self.ask(who, 0);
-    }
-
-    pub(super) fn leave(&mut self, who: usize) {
-        let v = &mut self.volunteers[who];
-        if !std::mem::take(&mut v.present) {
-            return;
-        }
-        v.visit += 1;
-        if v.honesty == Honesty::Honest {
-            self.figures.present_seconds += (self.now_ms - v.since_ms) as f64 / 1e3;
-        }
-    }
-
-    fn go(&mut self, who: usize) {
-        self.leave(who);
-        if self.random() < 0.5 {
-            self.scheduler.leave(key(who));
-        }
-        let away = -self.random().max(1e-9).ln() * self.scale.away_seconds * 1e3;
-        self.push(self.now_ms + away as u64, who, What::Arrive);
-    }
-
-    /// Asks for work if there is room for it.
-    fn ask(&mut self, who: usize, pause_ms: u64) {
-        let v = &mut self.volunteers[who];
-        let held = v.queue.len() + usize::from(v.computing);
-        if v.present && !v.asking && held < LEASES_A_VOLUNTEER_MAX {
-            v.asking = true;
-            let at = self.now_ms + pause_ms + v.latency_ms;
-            self.push(at, who, What::Take);
-        }
-    }
-
-    fn take(&mut self, who: usize) {
-        self.message(who);
-        let assignment = self.scheduler.take(key(who), self.now_ms);
-        let work = assignment.map(|a| match a {
-            Assignment::Unit { task, path, count, .. } => {
-                let kind = Kind::of(path.stage);
-                let cost = count as u64 * item_cost(kind);
-                self.units.entry(task).or_insert(Unit { path, count, cost });
-                Work { task, cost, kind: kind as usize, is_audit: false }
-            }
-            Assignment::Audit { audit } => {
-                let cost = self.audits[&audit].cost;
-                Work { task: audit, cost, kind: Kind::Forward as usize, is_audit: true }
-            }
-        });
-        let at = self.now_ms + self.volunteers[who].latency_ms;
-        self.push(at, who, What::Given(work));
-    }
-
-    fn given(&mut self, who: usize, work: Option<Work>) {
-        let v = &mut self.volunteers[who];
-        v.asking = false;
-        match work {
-            Some(work) => {
-                v.queue.push(work);
-                self.compute(who);
-                self.ask(who, 0);
-            }
-            None => {
-                let retry_ms = (self.policy.unit_seconds * 50.0).clamp(20.0, 2000.0) as u64;
-                self.ask(who, retry_ms);
-            }
-        }
-    }
-
-    fn compute(&mut self, who: usize) {
-        let noise = 0.9 + 0.2 * self.random();
-        let v = &mut self.volunteers[who];
-        if v.computing || v.queue.is_empty() {
-            return;
-        }
-        v.computing = true;
-        let work = v.queue.remove(0);
-        let ms = (work.cost as f64 / v.speed[work.kind] * 1e3 * noise).max(1.0) as u64;
-        self.push(self.now_ms + ms, who, What::Computed(work));
-        if self.volunteers[who].honesty == Honesty::Honest {
-            self.figures.busy_seconds += ms as f64 / 1e3;
-        }
-    }
-
-    fn computed(&mut self, who: usize, work: Work) {
-        let v = &mut self.volunteers[who];
-        v.computing = false;
-        // A question, its answer, and the bytes.
-        let at = self.now_ms + 3 * v.latency_ms;
-        self.push(at, who, What::Result(work));
-        self.compute(who);
-        self.ask(who, 0);
-    }
-
-    fn result(&mut self, who: usize, work: Work) {
-        self.message(who);
-        if !self.scheduler.holds(key(who), work.task) {
-            self.figures.wasted += work.cost as f64;
-            return;
-        }
-        if work.is_audit {
-            self.scheduler.finished(key(who), work.task, work.cost, self.now_ms);
-            return self.audited(work.task, Some(who));
-        }
-        let Some(unit) = self.units.get(&work.task) else { return };
-        let (path, cost) = (unit.path, unit.cost);
-        self.scheduler.finished(key(who), work.task, cost, self.now_ms);
-        self.scheduler.deliver(work.task);
-        let trusted = self.scheduler.is_trusted(&key(who));
-        let is_false = match self.volunteers[who].honesty {
-            Honesty::Honest => false,
-            Honesty::Liar => true,
-            Honesty::Turncoat => trusted && self.random() < 0.05,
-        };
-        let kind = audit_kind(path);
-        let mut request = |urgency, holds| {
-            let id = self.scheduler.request_audit(key(who), kind, cost, urgency);
-            self.audits.insert(id, Audit { of: who, cost, is_false, holds });
-        };
-        if !trusted {
-            return request(Urgency::Admission, Some(work.task));
-        }
-        let p = self.scheduler.standing(key(who)).audit_probability(&self.policy);
-        if self.random() < p {
-            let id = self.scheduler.request_audit(key(who), kind, cost, Urgency::Spot);
-            self.audits.insert(id, Audit { of: who, cost, is_false, holds: None });
-        } else {
-            self.volunteers[who].unaudited.push((cost, is_false));
-        }
-        self.figures.false_units += u64::from(is_false);
-        self.accept(work.task);
-    }
-}
-
-pub(super) fn item_cost(kind: Kind) -> u64 {
-    if kind == Kind::Gradient { 3 * ITEM_COST } else { ITEM_COST }
-}
-
-fn audit_kind(path: JobPath) -> Kind {
-    match Kind::of(path.stage) {
-        Kind::Sample => Kind::Forward,
-        kind => kind,
     }
 }

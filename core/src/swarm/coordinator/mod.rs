@@ -36,7 +36,7 @@ pub use recover::Start;
 pub use results::OWN_CHECKS_MAX;
 
 /// Volunteers with an open session.
-pub const SESSIONS_MAX: usize = 1 << 20;
+pub const SESSIONS_MAX: usize = 1 << 16;
 /// Followers of a coordination peer.
 pub const FOLLOWERS_MAX: usize = 16;
 /// Accepted units that a volunteer is told of at once.
@@ -477,3 +477,6 @@ impl Coordinator {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,8 @@
 //! From accepted results to versions: the pipeline goes on, versions are published and become
 //! final.
 
+use std::collections::BTreeSet;
+
 use super::{Accepted, Blobs, Coordinator, Effect};
 use crate::model::weights::Weights;
 use crate::run::job::{JobPath, OpenJob};
@@ -198,9 +200,10 @@ impl Coordinator {
         if !done {
             return;
         }
-        let waiting: Vec<u64> = self.first_unsettled().collect();
-        for sequence in &waiting {
-            self.audit_newest(*sequence);
+        let waiting: Vec<(PeerKey, Accepted)> = self.unsettled_volunteers().collect();
+        let audited: BTreeSet<PeerKey> = self.audits.values().map(|a| a.of).collect();
+        for (peer, newest) in waiting.iter().filter(|(peer, _)| !audited.contains(peer)) {
+            self.audit_accepted(*peer, *newest, Urgency::Spot);
         }
         if waiting.is_empty() && self.redo.is_empty() && self.audits.is_empty() {
             let weights: Hash = self.pipeline.version().hash().into();
@@ -211,11 +214,12 @@ impl Coordinator {
         }
     }
 
-    /// The first unit of each volunteer that no audit stands behind.
-    fn first_unsettled(&self) -> impl Iterator<Item = u64> {
-        self.records.values().filter_map(|record| {
+    /// The newest unit of each volunteer that has one that no audit stands behind.
+    fn unsettled_volunteers(&self) -> impl Iterator<Item = (PeerKey, Accepted)> {
+        self.records.iter().filter_map(|(peer, record)| {
             let since = record.settled.map_or(0, |s| s + 1);
-            record.unproven.range(since..).next().map(|(s, _)| *s)
+            record.unproven.range(since..).next()?;
+            record.unproven.values().next_back().map(|newest| (*peer, *newest))
         })
     }
 }

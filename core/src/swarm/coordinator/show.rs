@@ -195,3 +195,18 @@ impl Coordinator {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn window_of_a_rate_is_bounded_in_time_and_count() {
+        let mut window = VecDeque::new();
+        (0..WINDOW_MAX as u64 + 50).for_each(|i| push(&mut window, 1000, i));
+        assert_eq!(window.len(), WINDOW_MAX);
+        assert_eq!(window.front(), Some(&(1000, 50)));
+        push(&mut window, 1001 + WINDOW_MS, 7);
+        assert_eq!(window.len(), 1);
+    }
+}

@@ -2,7 +2,8 @@
 
 use super::{
     Assignment, GUIDED_SHARE, HEAVY, HOLDERS_MAX, Kind, LAPSES_BEFORE_PAUSE, LAPSES_MAX, LATE,
-    LEASES_A_VOLUNTEER_MAX, Lease, PATIENCE, PAUSE_MS_MAX, Scheduler, Task, TaskId, UNIT_SHARE_MIN,
+    LEASES_A_VOLUNTEER_MAX, Lease, PATIENCE, PAUSE_MS_MAX, SEARCH_MAX, Scheduler, Task, TaskId,
+    UNIT_SHARE_MIN,
 };
 use crate::run::job::JobPath;
 use crate::swarm::ids::PeerKey;
@@ -16,12 +17,7 @@ impl Scheduler {
         if barred || v.leases.len() >= most {
             return None;
         }
-        if let Some(audit) = self.audit_for(peer) {
-            self.audit_queue.remove(&self.audits[&audit].key(audit));
-            let (kind, cost) = (self.audits[&audit].kind, self.audits[&audit].cost);
-            if let Some(a) = self.audits.get_mut(&audit) {
-                a.holder = Some(peer);
-            }
+        if let Some((audit, kind, cost)) = self.take_audit(peer) {
             self.counts.delegated_audits += 1;
             self.lease(peer, audit, kind, cost, now_ms);
             return Some(Assignment::Audit { audit });
@@ -51,46 +47,43 @@ impl Scheduler {
 
     /// Whether there may be something to give out.
     pub fn has_work(&self, now_ms: u64) -> bool {
-        !self.homeless.is_empty()
-            || !self.audit_queue.is_empty()
-            || self.late.first().is_some_and(|(at, _)| *at <= now_ms)
-            || self.jobs.values().any(|t| !t.uncut.is_empty())
+        !self.audit_queue.is_empty() || self.has_units(now_ms)
     }
 
-    /// The most urgent audit that this volunteer may do: only trusted ones audit, never their own
-    /// work.
-    fn audit_for(&self, peer: PeerKey) -> Option<TaskId> {
-        if !self.is_trusted(&peer) {
-            return None;
-        }
-        let fits = |(_, _, id): &&(_, _, TaskId)| {
-            let a = &self.audits[id];
-            a.of != peer && self.suits(peer, a.kind, a.cost)
-        };
-        self.audit_queue.iter().take(64).find(fits).map(|(_, _, id)| *id)
+    /// Whether there may be something to give to volunteers who may not audit.
+    pub fn has_units(&self, now_ms: u64) -> bool {
+        !self.homeless.is_empty()
+            || self.late.first_key_value().is_some_and(|((at, _), _)| *at <= now_ms)
+            || self.jobs.values().any(|t| !t.uncut.is_empty())
     }
 
     /// A unit that nobody holds, unless `next`, the next job to be cut, is more urgent.
     fn take_homeless(&mut self, peer: PeerKey, next: Option<JobPath>) -> Option<TaskId> {
+        if self.homeless.is_empty() {
+            return None;
+        }
+        let most = self.heaviest(peer);
         let urgent = |path: &JobPath| next.is_none_or(|next| *path <= next);
-        let homeless = self.homeless.iter().take(64).take_while(|(path, _)| urgent(path));
-        let fits = |id: &TaskId| self.tasks.get(id).is_some_and(|t| self.suits_task(peer, t));
-        let task = homeless.map(|(_, id)| *id).find(fits)?;
+        let mut homeless =
+            self.homeless.iter().take(SEARCH_MAX).take_while(|((path, _), _)| urgent(path));
+        let ((_, task), _) = homeless.find(|((path, _), cost)| suits(&most, *path, **cost))?;
         self.counts.reissued += 1;
-        Some(task)
+        Some(*task)
     }
 
-    fn suits_task(&self, peer: PeerKey, task: &Task) -> bool {
-        self.suits(peer, Kind::of(task.path.stage), task.cost)
-    }
-
-    /// Whether work that was cut for somebody else is not too much for `peer`: it takes it a few
-    /// units' time, or at least no longer than the average volunteer, of whom one is always here.
-    fn suits(&self, peer: PeerKey, kind: Kind, cost: u64) -> bool {
-        let Some(v) = self.volunteers.get(&peer) else { return false };
-        let speed = v.speed[kind as usize];
-        let average = self.total_speed[kind as usize] / self.seen.len().max(1) as f64;
-        cost as f64 <= speed * self.policy.unit_seconds * HEAVY || speed >= 0.999 * average
+    /// The dearest work of each kind that was cut for somebody else and is not too much for `peer`:
+    /// it takes it a few units' time, or it takes as long as the average volunteer, of whom one is
+    /// always here.
+    pub(super) fn heaviest(&self, peer: PeerKey) -> [f64; 3] {
+        let Some(v) = self.volunteers.get(&peer) else { return [0.0; 3] };
+        let present = self.seen.len().max(1) as f64;
+        let mut most = v.speed.map(|speed| speed * self.policy.unit_seconds * HEAVY);
+        for (most, (speed, total)) in most.iter_mut().zip(v.speed.iter().zip(self.total_speed)) {
+            if *speed >= 0.999 * total / present {
+                *most = f64::INFINITY;
+            }
+        }
+        most
     }
 
     /// Cuts a unit for this volunteer from the most urgent job that has items left.
@@ -131,15 +124,18 @@ impl Scheduler {
 
     /// A unit that is late with somebody else, and more urgent than `next`.
     fn late_for(&self, peer: PeerKey, now_ms: u64, next: Option<JobPath>) -> Option<TaskId> {
-        let late = self.late.iter().take_while(|(at, _)| *at <= now_ms).take(64);
-        let fits = |id: &TaskId| {
-            self.tasks.get(id).is_some_and(|t| {
-                let urgent = next.is_none_or(|next| t.path < next);
-                let open = !t.delivered && !t.holders.contains(&peer);
-                urgent && open && self.suits_task(peer, t)
-            })
+        if self.late.first_key_value().is_none_or(|((at, _), _)| *at > now_ms) {
+            return None;
+        }
+        let most = self.heaviest(peer);
+        let late = self.late.iter().take_while(|((at, _), _)| *at <= now_ms).take(SEARCH_MAX);
+        let mut suiting = late.filter(|(_, (path, cost))| {
+            next.is_none_or(|next| *path < next) && suits(&most, *path, *cost)
+        });
+        let open = |id: &TaskId| {
+            self.tasks.get(id).is_some_and(|t| !t.delivered && !t.holders.contains(&peer))
         };
-        late.map(|(_, id)| *id).find(fits)
+        suiting.find(|((_, id), _)| open(id)).map(|((_, id), _)| *id)
     }
 
     /// Records the promise; returns when it should be kept.
@@ -179,15 +175,10 @@ impl Scheduler {
             && t.holders.is_empty()
             && !t.delivered
         {
-            self.homeless.insert((t.path, task));
+            self.homeless.insert((t.path, task), t.cost);
             self.set_late(task, None);
         }
-        if let Some(audit) = self.audits.get_mut(&task)
-            && audit.holder == Some(peer)
-        {
-            audit.holder = None;
-            self.audit_queue.insert(audit.key(task));
-        }
+        self.release_audit(peer, task);
     }
 
     /// What a volunteer announced did not come: its unit goes to others. Whether this happened so
@@ -204,10 +195,9 @@ impl Scheduler {
     /// lapsed so often that it must be expelled.
     pub fn expire(&mut self, now_ms: u64) -> Vec<PeerKey> {
         let silence_ms = (self.policy.silence_seconds * 1e3) as u64;
-        while let Some(&(seen, peer)) = self.seen.first() {
-            if seen + silence_ms > now_ms {
-                break;
-            }
+        while let Some(since_ms) = now_ms.checked_sub(silence_ms)
+            && let Some(peer) = self.silent(since_ms)
+        {
             if !self.held(peer).is_empty() {
                 self.lapse(peer, now_ms);
             }
@@ -242,4 +232,8 @@ impl Scheduler {
     pub fn holds(&self, peer: PeerKey, task: TaskId) -> bool {
         self.volunteers.get(&peer).is_some_and(|v| v.leases.contains_key(&task))
     }
+}
+
+fn suits(most: &[f64; 3], path: JobPath, cost: u64) -> bool {
+    cost as f64 <= most[Kind::of(path.stage) as usize]
 }

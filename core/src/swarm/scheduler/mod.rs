@@ -5,16 +5,20 @@
 //! towards the end of a job so that all finish together; units whose holders fall silent go to
 //! others; when nothing is left, the slowest units are given out a second time.
 
+mod audits;
 mod leases;
+mod volunteers;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 
 use super::ids::PeerKey;
-use super::ledger::Offence;
-use super::trust::Standing;
 use crate::run::config::SwarmSection;
 use crate::run::job::{JobPath, Stage};
+use audits::{AuditKey, AuditTask};
+
+pub use audits::Urgency;
+pub use volunteers::Volunteer;
 
 /// Units that a volunteer may hold: one to compute, one to have ready.
 pub const LEASES_A_VOLUNTEER_MAX: usize = 2;
@@ -24,6 +28,8 @@ pub const HOLDERS_MAX: usize = 2;
 pub const LAPSES_BEFORE_PAUSE: u32 = 3;
 /// Lapsed leases in a row, without one result, that expel.
 pub const LAPSES_MAX: u32 = 12;
+/// Units and audits of others that are looked at for one question: a bound on its cost.
+pub const SEARCH_MAX: usize = 64;
 /// Longest pause after lapses.
 const PAUSE_MS_MAX: u64 = 600_000;
 /// A lease lasts this many times the expected time.
@@ -62,17 +68,6 @@ impl Kind {
             Stage::Gradient { .. } => Self::Gradient,
         }
     }
-}
-
-/// Why work is audited; urgent audits first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Urgency {
-    /// A convict's units: they may be in the weights.
-    Redo,
-    /// A newcomer's unit, which waits.
-    Admission,
-    /// A trusted volunteer's unit, which is in already.
-    Spot,
 }
 
 /// What a volunteer is given.
@@ -121,61 +116,12 @@ struct Tiling {
     tasks: BTreeSet<TaskId>,
 }
 
-#[derive(Clone, Debug)]
-struct AuditTask {
-    of: PeerKey,
-    kind: Kind,
-    cost: u64,
-    urgency: Urgency,
-    /// Order within the same urgency: all audits of one newcomer before those of the next, so
-    /// that some are soon trusted, and audit the others.
-    rank: u64,
-    holder: Option<PeerKey>,
-}
-
-/// Urgency, rank and name.
-type AuditKey = (Urgency, u64, TaskId);
-
-impl AuditTask {
-    fn key(&self, id: TaskId) -> AuditKey {
-        (self.urgency, self.rank, id)
-    }
-}
-
 /// A promise of a volunteer.
 #[derive(Clone, Copy, Debug)]
 struct Lease {
     since_ms: u64,
     expected_ms: u64,
     deadline_ms: u64,
-}
-
-/// What the scheduler knows of a volunteer.
-#[derive(Clone, Debug)]
-pub struct Volunteer {
-    /// What it has shown.
-    pub standing: Standing,
-    /// Multiply-adds a second, by [`Kind`].
-    pub speed: [f64; 3],
-    /// Whether it is here.
-    pub is_present: bool,
-    /// When it last showed a sign of life.
-    pub seen_ms: u64,
-    /// Lapsed leases in a row.
-    pub lapses: u32,
-    resume_ms: u64,
-    /// First unit of it that an audit was asked for.
-    rank: Option<TaskId>,
-    /// When it last finished something.
-    free_ms: u64,
-    leases: BTreeMap<TaskId, Lease>,
-}
-
-impl Volunteer {
-    /// Units and audits it holds.
-    pub fn lease_count(&self) -> usize {
-        self.leases.len()
-    }
 }
 
 /// Figures of a scheduler.
@@ -202,15 +148,16 @@ pub struct Scheduler {
     tasks: BTreeMap<TaskId, Task>,
     audits: BTreeMap<TaskId, AuditTask>,
     next_id: TaskId,
-    /// Units that nobody holds.
-    homeless: BTreeSet<(JobPath, TaskId)>,
-    /// Units that are held by one, by when they are late.
-    late: BTreeSet<(u64, TaskId)>,
+    /// Units that nobody holds, and their cost.
+    homeless: BTreeMap<(JobPath, TaskId), u64>,
+    /// Units that are held by one, by when they are late: job and cost.
+    late: BTreeMap<(u64, TaskId), (JobPath, u64)>,
     /// Audits that nobody holds.
-    audit_queue: BTreeSet<AuditKey>,
+    audit_queue: BTreeMap<AuditKey, AuditTask>,
     /// Audits that only the coordination peer may do.
     own_queue: BTreeSet<AuditKey>,
     deadlines: BTreeSet<(u64, PeerKey, TaskId)>,
+    /// Who is present, by when it was last known to live.
     seen: BTreeSet<(u64, PeerKey)>,
     /// Summed speed of all that are present, by kind.
     total_speed: [f64; 3],
@@ -228,100 +175,14 @@ impl Scheduler {
             tasks: BTreeMap::new(),
             audits: BTreeMap::new(),
             next_id: first_id,
-            homeless: BTreeSet::new(),
-            late: BTreeSet::new(),
-            audit_queue: BTreeSet::new(),
+            homeless: BTreeMap::new(),
+            late: BTreeMap::new(),
+            audit_queue: BTreeMap::new(),
             own_queue: BTreeSet::new(),
             deadlines: BTreeSet::new(),
             seen: BTreeSet::new(),
             total_speed: [0.0; 3],
             counts: Counts::default(),
-        }
-    }
-
-    /// All volunteers that were ever here.
-    pub fn volunteers(&self) -> &BTreeMap<PeerKey, Volunteer> {
-        &self.volunteers
-    }
-
-    /// A volunteer's record; a newcomer's if it was never here.
-    pub fn standing(&mut self, peer: PeerKey) -> &mut Standing {
-        &mut self.entry(peer).standing
-    }
-
-    fn entry(&mut self, peer: PeerKey) -> &mut Volunteer {
-        self.volunteers.entry(peer).or_insert_with(|| Volunteer {
-            standing: Standing::default(),
-            speed: [1.0; 3],
-            is_present: false,
-            seen_ms: 0,
-            lapses: 0,
-            resume_ms: 0,
-            rank: None,
-            free_ms: 0,
-            leases: BTreeMap::new(),
-        })
-    }
-
-    /// Whether `peer` may get work.
-    pub fn is_expelled(&self, peer: &PeerKey) -> bool {
-        self.volunteers.get(peer).is_some_and(|v| v.standing.expelled.is_some())
-    }
-
-    /// Whether results of `peer` go in at once.
-    pub fn is_trusted(&self, peer: &PeerKey) -> bool {
-        self.volunteers.get(peer).is_some_and(|v| v.standing.is_trusted(&self.policy))
-    }
-
-    /// A volunteer says hello, with the speed that it measured: multiply-adds a second.
-    pub fn arrive(&mut self, peer: PeerKey, speed: f64, now_ms: u64) {
-        let volunteer = self.entry(peer);
-        let first_time = volunteer.speed == [1.0; 3];
-        if first_time {
-            // Decoding a few sequences uses a fraction of what dense products reach.
-            volunteer.speed = [speed * 0.25, speed, speed].map(|s| s.clamp(1e3, 1e18));
-        }
-        let (speed, was_present) = (volunteer.speed, volunteer.is_present);
-        volunteer.is_present = true;
-        if !was_present {
-            self.add_speed(speed, 1.0);
-        }
-        self.touch(peer, now_ms);
-    }
-
-    /// A sign of life.
-    pub fn touch(&mut self, peer: PeerKey, now_ms: u64) {
-        if let Some(v) = self.volunteers.get_mut(&peer) {
-            self.seen.remove(&(v.seen_ms, peer));
-            v.seen_ms = now_ms;
-            if v.is_present {
-                self.seen.insert((now_ms, peer));
-            }
-        }
-    }
-
-    /// A volunteer leaves; its units go to others.
-    pub fn leave(&mut self, peer: PeerKey) {
-        let Some(v) = self.volunteers.get_mut(&peer) else { return };
-        self.seen.remove(&(v.seen_ms, peer));
-        let (speed, was_present) = (v.speed, std::mem::take(&mut v.is_present));
-        if was_present {
-            self.add_speed(speed, -1.0);
-        }
-        for task in self.held(peer) {
-            self.release(peer, task);
-        }
-    }
-
-    /// Expels a volunteer for good.
-    pub fn expel(&mut self, peer: PeerKey, offence: Offence) {
-        self.leave(peer);
-        self.standing(peer).expelled = Some(offence);
-    }
-
-    fn add_speed(&mut self, speed: [f64; 3], sign: f64) {
-        for (total, speed) in self.total_speed.iter_mut().zip(speed) {
-            *total = (*total + sign * speed).max(0.0);
         }
     }
 
@@ -373,7 +234,7 @@ impl Scheduler {
         if let Some(t) = self.tasks.get_mut(&task) {
             t.delivered = false;
             if t.holders.is_empty() {
-                self.homeless.insert((t.path, task));
+                self.homeless.insert((t.path, task), t.cost);
             }
         }
     }
@@ -388,67 +249,6 @@ impl Scheduler {
             }
             for peer in t.holders {
                 self.drop_lease(peer, task);
-            }
-        }
-    }
-
-    /// Asks for an audit of work by `of`. Others may be given it; the coordination peer may take it.
-    pub fn request_audit(
-        &mut self,
-        of: PeerKey,
-        kind: Kind,
-        cost: u64,
-        urgency: Urgency,
-    ) -> TaskId {
-        let id = self.next_id;
-        self.next_id += 1;
-        let first = *self.entry(of).rank.get_or_insert(id);
-        let rank = if urgency == Urgency::Admission { first } else { id };
-        let audit = AuditTask { of, kind, cost, urgency, rank, holder: None };
-        self.audit_queue.insert(audit.key(id));
-        self.audits.insert(id, audit);
-        id
-    }
-
-    /// As [`Self::request_audit`], for the coordination peer only.
-    pub fn request_own_audit(
-        &mut self,
-        of: PeerKey,
-        kind: Kind,
-        cost: u64,
-        urgency: Urgency,
-    ) -> TaskId {
-        let id = self.request_audit(of, kind, cost, urgency);
-        if let Some(audit) = self.audits.get(&id) {
-            self.audit_queue.remove(&audit.key(id));
-            self.own_queue.insert(audit.key(id));
-        }
-        id
-    }
-
-    /// Takes the most urgent audit for the coordination peer itself.
-    pub fn take_own_audit(&mut self) -> Option<TaskId> {
-        let (_, _, id) = self.own_queue.pop_first().or_else(|| self.audit_queue.pop_first())?;
-        Some(id)
-    }
-
-    /// Audits that wait for somebody.
-    pub fn audits_waiting(&self) -> usize {
-        self.audit_queue.len()
-    }
-
-    /// Audits that wait for the coordination peer.
-    pub fn own_audits_waiting(&self) -> usize {
-        self.own_queue.len()
-    }
-
-    /// An audit is done with.
-    pub fn finish_audit(&mut self, audit: TaskId) {
-        if let Some(a) = self.audits.remove(&audit) {
-            self.audit_queue.remove(&a.key(audit));
-            self.own_queue.remove(&a.key(audit));
-            if let Some(holder) = a.holder {
-                self.drop_lease(holder, audit);
             }
         }
     }
@@ -479,6 +279,9 @@ impl Scheduler {
         if let Some(old) = std::mem::replace(&mut t.late_ms, late_ms) {
             self.late.remove(&(old, task));
         }
-        self.late.extend(late_ms.map(|at| (at, task)));
+        self.late.extend(late_ms.map(|at| ((at, task), (t.path, t.cost))));
     }
 }
+
+#[cfg(test)]
+mod tests;

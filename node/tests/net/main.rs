@@ -2,9 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-#[path = "net/node.rs"]
+mod bounds;
 mod node;
-#[path = "net/raw.rs"]
 mod raw;
 
 use std::sync::Mutex;

@@ -1,0 +1,143 @@
+//! Bounds of what a volunteer can hold, waste or make the scheduler remember.
+
+use super::*;
+
+const UNIT_MS: u64 = 10_000;
+const SPEED: f64 = 1e9;
+
+fn peer(i: u8) -> PeerKey {
+    PeerKey([i; 32])
+}
+
+fn path() -> JobPath {
+    JobPath { ordinal: 0, stage: Stage::Gradient { update: 0 } }
+}
+
+/// A job of many items of a tenth of a second each, and some volunteers.
+fn scheduler(items: usize, volunteers: u8) -> Scheduler {
+    let mut scheduler = Scheduler::new(SwarmSection::default(), 0);
+    scheduler.open(path(), (SPEED / 10.0) as u64, 1000, &[0..items]);
+    (0..volunteers).for_each(|i| scheduler.arrive(peer(i), SPEED, 0));
+    scheduler
+}
+
+fn task(assignment: Option<Assignment>) -> TaskId {
+    match assignment {
+        Some(Assignment::Unit { task, .. }) => task,
+        other => panic!("no unit: {other:?}"),
+    }
+}
+
+#[test]
+fn leases_of_one_volunteer_are_bounded() {
+    let mut scheduler = scheduler(100_000, 1);
+    let given = (0..10).filter(|_| scheduler.take(peer(0), 0).is_some()).count();
+    assert_eq!(given, LEASES_A_VOLUNTEER_MAX);
+    assert_eq!(scheduler.volunteers()[&peer(0)].lease_count(), LEASES_A_VOLUNTEER_MAX);
+}
+
+#[test]
+fn unit_has_no_more_items_than_fit_a_message() {
+    let mut scheduler = Scheduler::new(SwarmSection::default(), 0);
+    scheduler.open(path(), 1, 7, &[0..1000]);
+    scheduler.arrive(peer(0), SPEED, 0);
+    let Some(Assignment::Unit { count, .. }) = scheduler.take(peer(0), 0) else { panic!("none") };
+    assert_eq!(count, 7);
+}
+
+/// A late unit goes to a second volunteer, and to no third.
+#[test]
+fn holders_of_one_unit_are_bounded() {
+    let mut scheduler = scheduler(1, 5);
+    let first = task(scheduler.take(peer(0), 0));
+    assert_eq!(scheduler.take(peer(1), 0), None, "not late yet");
+    let late_ms = 2 * UNIT_MS;
+    let others = (1..5).filter_map(|i| scheduler.take(peer(i), late_ms)).collect::<Vec<_>>();
+    assert_eq!(others.len(), HOLDERS_MAX - 1);
+    assert_eq!(task(others.first().copied()), first);
+    assert_eq!(scheduler.counts.backups, 1);
+}
+
+/// Who lets units lapse again and again is given one at a time, after ever longer pauses that have
+/// an end, and is expelled at last.
+#[test]
+fn lapses_in_a_row_bring_pauses_and_then_expulsion() {
+    let mut scheduler = scheduler(100_000, 1);
+    let (mut now_ms, mut lapses, mut hoarders) = (0, 0, Vec::new());
+    while hoarders.is_empty() {
+        assert!(lapses < LAPSES_MAX, "nobody was expelled");
+        let before_ms = now_ms;
+        while scheduler.take(peer(0), now_ms).is_none() {
+            now_ms += 1000;
+            scheduler.touch(peer(0), now_ms);
+            assert!(now_ms - before_ms <= PAUSE_MS_MAX, "a pause without end");
+        }
+        assert_eq!(now_ms > before_ms, lapses >= LAPSES_BEFORE_PAUSE, "lapse {lapses}");
+        if lapses >= LAPSES_BEFORE_PAUSE {
+            assert_eq!(scheduler.take(peer(0), now_ms), None, "a second unit");
+        }
+        now_ms += 1_000_000;
+        scheduler.touch(peer(0), now_ms);
+        hoarders = scheduler.expire(now_ms);
+        lapses += 1;
+        assert_eq!(scheduler.volunteers()[&peer(0)].lapses, lapses);
+    }
+    assert_eq!((lapses, hoarders), (LAPSES_MAX, vec![peer(0)]));
+}
+
+/// However many audits wait, one question looks at a bounded number of them.
+#[test]
+fn search_for_an_audit_ends_at_its_bound() {
+    let mut scheduler = scheduler(1, 2);
+    scheduler.standing(peer(0)).valid_in_a_row = 100;
+    // Nobody audits own work: all that is looked at is of the one who asks.
+    for _ in 0..SEARCH_MAX {
+        scheduler.request_audit(peer(0), Kind::Gradient, 1, Urgency::Spot);
+    }
+    let other = scheduler.request_audit(peer(1), Kind::Gradient, 1, Urgency::Spot);
+    assert!(matches!(scheduler.take(peer(0), 0), Some(Assignment::Unit { .. })));
+    assert!(scheduler.take_own_audit().is_some());
+    assert_eq!(scheduler.take(peer(0), 0), Some(Assignment::Audit { audit: other }));
+}
+
+/// Identities cost nothing: those that come, do nothing and go leave nothing behind.
+#[test]
+fn strangers_that_left_are_forgotten_and_others_are_not() {
+    let mut scheduler = scheduler(100_000, 0);
+    for i in 0..50_000_u32 {
+        let mut key = [9; 32];
+        key[..4].copy_from_slice(&i.to_le_bytes());
+        scheduler.arrive(PeerKey(key), SPEED, u64::from(i));
+        if i % 2 == 0 {
+            scheduler.leave(PeerKey(key));
+        }
+    }
+    scheduler.expire(1_000_000);
+    assert_eq!(scheduler.volunteers().len(), 0);
+    // One that let a unit lapse, one whose unit is to be audited, one that was expelled.
+    (1..4).for_each(|i| scheduler.arrive(peer(i), SPEED, 1_000_000));
+    task(scheduler.take(peer(1), 1_000_000));
+    scheduler.request_audit(peer(2), Kind::Gradient, 1, Urgency::Admission);
+    scheduler.expel(peer(3), crate::swarm::ledger::Offence::Flooding);
+    scheduler.expire(2_000_000);
+    assert_eq!(scheduler.volunteers().len(), 3);
+    assert!(scheduler.volunteers().values().all(|v| !v.is_present));
+    assert!(scheduler.is_expelled(&peer(3)));
+}
+
+/// A sign of life moves the end of patience, whoever else is silent.
+#[test]
+fn silence_ends_a_visit_and_a_sign_of_life_does_not() {
+    let mut scheduler = scheduler(100_000, 2);
+    task(scheduler.take(peer(0), 0));
+    task(scheduler.take(peer(1), 0));
+    scheduler.touch(peer(1), 20_000);
+    assert!(scheduler.expire(29_999).is_empty());
+    assert!(scheduler.volunteers()[&peer(0)].is_present);
+    scheduler.expire(30_000);
+    assert!(!scheduler.volunteers()[&peer(0)].is_present);
+    assert!(scheduler.volunteers()[&peer(1)].is_present);
+    assert_eq!(scheduler.counts.lapsed, 1);
+    scheduler.expire(50_000);
+    assert!(!scheduler.volunteers()[&peer(1)].is_present);
+}

@@ -1,0 +1,156 @@
+//! Who is here, how fast, and since when silent.
+
+use std::collections::BTreeMap;
+
+use super::{Lease, Scheduler, TaskId};
+use crate::swarm::ids::PeerKey;
+use crate::swarm::ledger::Offence;
+use crate::swarm::trust::Standing;
+
+/// What the scheduler knows of a volunteer.
+#[derive(Clone, Debug)]
+pub struct Volunteer {
+    /// What it has shown.
+    pub standing: Standing,
+    /// Multiply-adds a second, by [`super::Kind`].
+    pub speed: [f64; 3],
+    /// Whether it is here.
+    pub is_present: bool,
+    /// When it last showed a sign of life.
+    pub seen_ms: u64,
+    /// Lapsed leases in a row.
+    pub lapses: u32,
+    pub(super) resume_ms: u64,
+    /// First unit of it that an audit was asked for.
+    pub(super) rank: Option<TaskId>,
+    /// When it last finished something.
+    pub(super) free_ms: u64,
+    pub(super) leases: BTreeMap<TaskId, Lease>,
+    /// Its place in the scheduler's order of silence: a sign of life since then moves it when its
+    /// turn comes, so that a sign of life is cheap.
+    pub(super) listed_ms: u64,
+}
+
+impl Volunteer {
+    fn new() -> Self {
+        Self {
+            standing: Standing::default(),
+            speed: [1.0; 3],
+            is_present: false,
+            seen_ms: 0,
+            lapses: 0,
+            resume_ms: 0,
+            rank: None,
+            free_ms: 0,
+            leases: BTreeMap::new(),
+            listed_ms: 0,
+        }
+    }
+
+    /// Units and audits it holds.
+    pub fn lease_count(&self) -> usize {
+        self.leases.len()
+    }
+
+    /// Whether nothing would be lost by forgetting it.
+    fn is_stranger(&self) -> bool {
+        self.standing == Standing::default() && self.lapses == 0 && self.rank.is_none()
+    }
+}
+
+impl Scheduler {
+    /// All volunteers that are here, or of whom something is known.
+    pub fn volunteers(&self) -> &BTreeMap<PeerKey, Volunteer> {
+        &self.volunteers
+    }
+
+    /// A volunteer's record; a newcomer's if it was never here.
+    pub fn standing(&mut self, peer: PeerKey) -> &mut Standing {
+        &mut self.entry(peer).standing
+    }
+
+    pub(super) fn entry(&mut self, peer: PeerKey) -> &mut Volunteer {
+        self.volunteers.entry(peer).or_insert_with(Volunteer::new)
+    }
+
+    /// Whether `peer` may get no more work.
+    pub fn is_expelled(&self, peer: &PeerKey) -> bool {
+        self.volunteers.get(peer).is_some_and(|v| v.standing.expelled.is_some())
+    }
+
+    /// Whether results of `peer` go in at once.
+    pub fn is_trusted(&self, peer: &PeerKey) -> bool {
+        self.volunteers.get(peer).is_some_and(|v| v.standing.is_trusted(&self.policy))
+    }
+
+    /// A volunteer says hello, with the speed that it measured: multiply-adds a second.
+    pub fn arrive(&mut self, peer: PeerKey, speed: f64, now_ms: u64) {
+        let volunteer = self.entry(peer);
+        let first_time = volunteer.speed == [1.0; 3];
+        if first_time {
+            // Decoding a few sequences uses a fraction of what dense products reach.
+            volunteer.speed = [speed * 0.25, speed, speed].map(|s| s.clamp(1e3, 1e18));
+        }
+        volunteer.seen_ms = now_ms;
+        if !std::mem::replace(&mut volunteer.is_present, true) {
+            volunteer.listed_ms = now_ms;
+            let speed = volunteer.speed;
+            self.seen.insert((now_ms, peer));
+            self.add_speed(speed, 1.0);
+        }
+    }
+
+    /// A sign of life.
+    pub fn touch(&mut self, peer: PeerKey, now_ms: u64) {
+        if let Some(v) = self.volunteers.get_mut(&peer) {
+            v.seen_ms = now_ms;
+        }
+    }
+
+    /// A volunteer leaves; its units go to others. Of one that did nothing, nothing is kept:
+    /// identities cost nothing, so that memory must not grow with them.
+    pub fn leave(&mut self, peer: PeerKey) {
+        let Some(v) = self.volunteers.get_mut(&peer) else { return };
+        if std::mem::take(&mut v.is_present) {
+            let (listed, speed) = ((v.listed_ms, peer), v.speed);
+            self.seen.remove(&listed);
+            self.add_speed(speed, -1.0);
+        }
+        for task in self.held(peer) {
+            self.release(peer, task);
+        }
+        if self.volunteers.get(&peer).is_some_and(Volunteer::is_stranger) {
+            self.volunteers.remove(&peer);
+        }
+    }
+
+    /// Expels a volunteer for good.
+    pub fn expel(&mut self, peer: PeerKey, offence: Offence) {
+        self.leave(peer);
+        self.standing(peer).expelled = Some(offence);
+    }
+
+    fn add_speed(&mut self, speed: [f64; 3], sign: f64) {
+        for (total, speed) in self.total_speed.iter_mut().zip(speed) {
+            *total = (*total + sign * speed).max(0.0);
+        }
+    }
+
+    /// Whoever has been silent the longest, if that is since before `since_ms`.
+    pub(super) fn silent(&mut self, since_ms: u64) -> Option<PeerKey> {
+        while let Some(&(listed, peer)) = self.seen.first() {
+            if listed > since_ms {
+                return None;
+            }
+            let v = self.volunteers.get_mut(&peer)?;
+            if v.seen_ms <= since_ms {
+                return Some(peer);
+            }
+            v.listed_ms = v.seen_ms;
+            let listed_again = (v.seen_ms, peer);
+            self.seen.pop_first();
+            self.seen.insert(listed_again);
+        }
+        None
+    }
+}
