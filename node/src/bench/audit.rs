@@ -80,7 +80,7 @@ fn one(
             rate: tokens / seconds,
             unit: "tokens/s",
             ratio: is_audit.then_some(generating / auditing),
-            note: if is_audit { "faster than generating".into() } else { String::new() },
+            note: if is_audit { "against generating".into() } else { String::new() },
         });
     }
     Ok(())
