@@ -94,7 +94,9 @@ impl Remote {
     /// When it cannot be reached.
     pub fn records(&self, from: u64) -> Result<Vec<Vec<u8>>> {
         let path = format!("/api/ledger/raw?from={from}");
-        let bytes = self.get(&path, (RECORDS_PAGE_BYTES_MAX + RECORD_BYTES_MAX) as u64)?;
+        // Each record comes with its length.
+        let bytes_max = RECORDS_PAGE_BYTES_MAX + RECORD_BYTES_MAX + 4;
+        let bytes = self.get(&path, bytes_max as u64)?;
         let bytes = bytes.with_context(|| format!("{} serves no records", self.url))?;
         split(&bytes).with_context(|| format!("{} sent what are no records", self.url))
     }
@@ -216,6 +218,9 @@ impl Blobs for Remote {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+    use std::net::TcpListener;
+
     use super::*;
 
     #[test]
@@ -231,6 +236,38 @@ mod tests {
             assert_eq!(split(&whole[..end]), None, "{end}");
         }
         assert_eq!(split(&[255; 9]), None);
+    }
+
+    /// A peer that answers every request with so many bytes.
+    fn peer(length: u64) -> Remote {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let _ = stream.read(&mut [0; 4096]);
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n");
+            // Whoever has read enough may hang up.
+            let _ = stream.write_all(head.as_bytes());
+            let _ = stream.write_all(&vec![b'x'; length as usize]);
+        });
+        Remote::new(&url, &[]).unwrap()
+    }
+
+    /// A peer that answers without end, or something else, is no peer.
+    #[test]
+    fn answer_over_its_bound_is_refused() {
+        let error = |found: Result<()>| format!("{:#}", found.unwrap_err());
+        let told = error(peer(MANIFEST_BYTES_MAX + 1).manifest().map(drop));
+        assert!(told.contains("is over"), "{told}");
+        let told = error(peer(9).manifest().map(drop));
+        assert!(told.contains("no coordination peer"), "{told}");
+        let page = (RECORDS_PAGE_BYTES_MAX + RECORD_BYTES_MAX + 4) as u64;
+        let told = error(peer(page + 1).records(0).map(drop));
+        assert!(told.contains("is over"), "{told}");
+        let told = error(peer(9).records(0).map(drop));
+        assert!(told.contains("no records"), "{told}");
+        let told = error(peer(9).blob(&Hash::of(b"another")).map(drop));
+        assert!(told.contains("other bytes"), "{told}");
     }
 
     #[test]

@@ -25,7 +25,7 @@ use super::teller::Teller;
 use super::{HostArgs, INTERRUPTED, Manifest, Run};
 use crate::blobs::BlobStore;
 use crate::cli::{program, runs_dir};
-use crate::http::{AdminAction, TOKEN_FILE};
+use crate::http::{AdminAction, TOKEN_FILE, TOKEN_FILE_BYTES_MAX};
 use crate::net::{Net, NetEvent, ReplyTo};
 use crate::remote::{Remote, trusted};
 use crate::storage::Storage;
@@ -41,8 +41,6 @@ const RETRY: Duration = Duration::from_secs(2);
 const LINK: Duration = Duration::from_secs(3);
 /// Between two states for whoever watches.
 const SHOW: Duration = Duration::from_millis(500);
-/// Largest token file.
-const TOKEN_BYTES_MAX: u64 = 128;
 /// Where the token may be instead of a file.
 const TOKEN_VARIABLE: &str = "MANYHANDS_TOKEN";
 
@@ -100,7 +98,7 @@ pub(super) async fn follow(args: &HostArgs, url: &str) -> Result<ExitCode> {
 
 fn read_token(file: Option<&Path>) -> Result<String> {
     let text = match file {
-        Some(path) => String::from_utf8(read_bounded(path, TOKEN_BYTES_MAX)?)
+        Some(path) => String::from_utf8(read_bounded(path, TOKEN_FILE_BYTES_MAX)?)
             .with_context(|| format!("{} is no token", path.display()))?,
         None => std::env::var(TOKEN_VARIABLE).ok().with_context(|| {
             format!(

@@ -44,7 +44,7 @@ pub use tls::{
     Acme, CERTIFICATE_FILE_BYTES_MAX, CertificateFiles, RELOAD_EVERY, Tls, acme_config, public_url,
     read_certificates,
 };
-pub use token::{AdminToken, TOKEN_FILE};
+pub use token::{AdminToken, TOKEN_FILE, TOKEN_FILE_BYTES_MAX};
 
 /// Commands of the operator that wait to be taken. A caller makes the queue of this size.
 pub const ADMIN_QUEUE_MAX: usize = 8;

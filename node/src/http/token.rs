@@ -12,7 +12,7 @@ use crate::store::read_bounded;
 /// Name of the file in the directory of a coordination peer.
 pub const TOKEN_FILE: &str = "admin-token";
 /// Largest token file that is read: 64 digits and a line end, with room for an editor's habits.
-const TOKEN_FILE_BYTES_MAX: u64 = 128;
+pub const TOKEN_FILE_BYTES_MAX: u64 = 128;
 
 /// A secret that allows `/api/admin`. 32 random bytes; not shown by `Debug`.
 pub struct AdminToken {

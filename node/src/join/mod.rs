@@ -308,30 +308,3 @@ impl Runner {
         });
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use std::io::{Read, Write};
-    use std::net::TcpListener;
-
-    use super::*;
-
-    /// A host that sends a manifest without end, or something else, is no host.
-    #[test]
-    fn manifest_over_its_bound_is_refused() {
-        for (length, told) in [(MANIFEST_BYTES_MAX + 1, "limit"), (9, "no coordination peer")] {
-            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-            let url = format!("http://{}/", listener.local_addr().unwrap());
-            std::thread::spawn(move || {
-                let (mut stream, _) = listener.accept().unwrap();
-                let _ = stream.read(&mut [0; 4096]);
-                let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n");
-                // Whoever has read enough may hang up.
-                let _ = stream.write_all(head.as_bytes());
-                let _ = stream.write_all(&vec![b'x'; length as usize]);
-            });
-            let error = format!("{:#}", manifest(&url).unwrap_err());
-            assert!(error.contains(told), "{error}");
-        }
-    }
-}
