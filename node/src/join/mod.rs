@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use manyhands_core::swarm::ids::PeerKey;
+use manyhands_core::swarm::ids::{Hash, PeerKey};
 use manyhands_core::swarm::protocol::{PeerAddress, Request, Response};
 use manyhands_core::swarm::volunteer::{Effect, Event, Volunteer};
 use tokio::sync::mpsc;
@@ -116,6 +116,32 @@ async fn join(args: &JoinArgs) -> Result<ExitCode> {
         done: None,
     };
     runner.run(net_events, inbox).await
+}
+
+/// Who may have blobs: the peer that is asked for work, and those that follow it.
+struct Sources {
+    first: Option<PeerKey>,
+    all: Vec<PeerAddress>,
+}
+
+impl Sources {
+    /// Fetches a blob from the first that has it.
+    async fn fetch(&self, net: &Net, hash: Hash, store: &BlobStore) -> Result<()> {
+        let mut outcome = Err(anyhow::anyhow!("nobody to fetch blob {hash} from"));
+        if let Some(first) = self.first {
+            outcome = net.fetch(&[first], hash, store, |_, _| ()).await;
+        }
+        for peer in self.all.iter().filter(|p| Some(p.peer) != self.first) {
+            if outcome.is_ok() {
+                break;
+            }
+            let addresses = peer.addresses.iter().filter_map(|a| a.parse().ok()).collect();
+            if net.dial(addresses).await.is_ok() {
+                outcome = net.fetch(&[peer.peer], hash, store, |_, _| ()).await;
+            }
+        }
+        outcome
+    }
 }
 
 struct Runner {
@@ -223,11 +249,11 @@ impl Runner {
             Effect::Load { want, base, blobs } => {
                 let (net, store, worker) =
                     (self.net.clone(), self.blobs.clone(), self.worker.clone());
-                let sources: Vec<PeerKey> = self.peer.into_iter().collect();
+                let sources = Sources { first: self.peer, all: self.machine.peers().to_vec() };
                 let events = self.events.clone();
                 tokio::spawn(async move {
                     for hash in &blobs {
-                        if let Err(error) = net.fetch(&sources, *hash, &store, |_, _| ()).await {
+                        if let Err(error) = sources.fetch(&net, *hash, &store).await {
                             tracing::warn!("weights cannot be fetched: {error:#}");
                             let _ = events.send(Event::Weights { hash: want, loaded: false }).await;
                             return;
@@ -296,7 +322,7 @@ impl Runner {
         });
     }
 
-    fn upload(&mut self, unit: manyhands_core::swarm::ids::Hash, bytes: Vec<u8>) {
+    fn upload(&mut self, unit: Hash, bytes: Vec<u8>) {
         let Some(peer) = self.peer else { return };
         let (net, events) = (self.net.clone(), self.events.clone());
         let _ = self.donor.count_bytes(bytes.len() as u64);

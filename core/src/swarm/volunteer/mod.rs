@@ -212,6 +212,11 @@ impl Volunteer {
         self.run
     }
 
+    /// Who coordinates and who follows: whoever of them has a blob may give it.
+    pub fn peers(&self) -> &[PeerAddress] {
+        &self.peers
+    }
+
     /// Whether the engine has something to do.
     pub fn is_computing(&self) -> bool {
         self.held.iter().any(|h| h.stage == Stage::Computing)
