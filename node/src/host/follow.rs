@@ -65,7 +65,8 @@ pub(super) async fn follow(args: &HostArgs, url: &str) -> Result<ExitCode> {
     begin(&mut keep, &remote, &manifest).await?;
     let run = Run::from_ledger(&place.storage, &place.blobs)?;
     let site_url = place.site.url.clone();
-    let served = serve::start(place.site, &place.storage, &place.blobs, place.token.clone());
+    let served =
+        serve::start(place.site, &place.storage, &place.blobs, place.token.clone(), &place.net);
     let name = run.config.name.clone();
     eprintln!("following  {} ({name}) at {}", manifest.run, remote.url());
     place::announce(&dir, &site_url)?;

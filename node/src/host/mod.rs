@@ -176,7 +176,7 @@ async fn host(args: &HostArgs) -> Result<ExitCode> {
     let keep = keep::Keep::open(&dir, place.storage.clone(), place.blobs.clone())?;
     refuse_if_promoted(&place, &keep.peers()?).await?;
     let (token, url) = (place.token.clone(), place.site.url.clone());
-    let served = serve::start(place.site, &place.storage, &place.blobs, token.clone());
+    let served = serve::start(place.site, &place.storage, &place.blobs, token.clone(), &place.net);
     let setup = actor::Setup {
         config: run.config,
         problems: run.problems,

@@ -1,9 +1,11 @@
 //! What a coordination peer shows over HTTP, whether it coordinates or follows.
 
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::Result;
 use axum::body::Bytes;
+use libp2p::multiaddr::Protocol;
 use manyhands_core::swarm::ids::Hash;
 use manyhands_core::swarm::protocol::{PROTOCOL, PeerAddress};
 use manyhands_core::swarm::status::Status;
@@ -13,7 +15,8 @@ use tokio::task::JoinHandle;
 use super::Manifest;
 use super::address::Site;
 use crate::blobs::BlobStore;
-use crate::http::{self, AdminCommand, AdminToken, Feed, HttpState};
+use crate::http::{self, AdminCommand, AdminToken, Feed, HttpState, Tunnel};
+use crate::net::Net;
 use crate::storage::Storage;
 
 /// What changes of what is shown.
@@ -60,6 +63,7 @@ pub(super) fn start(
     storage: &Arc<Storage>,
     blobs: &Arc<BlobStore>,
     token: Arc<AdminToken>,
+    net: &Net,
 ) -> Served {
     let (admin, commands) = mpsc::channel(http::ADMIN_QUEUE_MAX);
     let (status, status_shown) = watch::channel(Arc::default());
@@ -79,6 +83,7 @@ pub(super) fn start(
         blob: Arc::new(blob),
         admin,
         token,
+        p2p: tab_listener(net).map(|address| Arc::new(Tunnel::to(address))),
     };
     let (ended, end) = oneshot::channel::<()>();
     let (listener, tls) = site.start();
@@ -87,4 +92,20 @@ pub(super) fn start(
     }));
     let running = Running { task, _ended: ended };
     Served { shown: Shown { status, manifest }, feed, commands, running }
+}
+
+/// Where the own listener for WebSocket is reached from this machine, best by loopback.
+fn tab_listener(net: &Net) -> Option<SocketAddr> {
+    let addresses = net.addresses();
+    let sockets = addresses.iter().filter_map(|address| {
+        let mut parts = address.iter();
+        let ip = match parts.next()? {
+            Protocol::Ip4(ip) => IpAddr::V4(ip),
+            Protocol::Ip6(ip) => IpAddr::V6(ip),
+            _ => return None,
+        };
+        let Protocol::Tcp(port) = parts.next()? else { return None };
+        matches!(parts.next()?, Protocol::Ws(_)).then_some(SocketAddr::new(ip, port))
+    });
+    sockets.max_by_key(|address| address.ip().is_loopback())
 }

@@ -9,6 +9,7 @@ mod blobs;
 mod error;
 mod feed;
 mod metrics;
+mod p2p;
 mod page;
 mod records;
 mod routes;
@@ -32,6 +33,7 @@ pub use feed::{
     EVALUATIONS_MAX, FEED_QUEUE_MAX, Feed, HEARTBEAT, SSE_CLIENTS_MAX, STEPS_MAX, StepLine,
 };
 pub use metrics::metrics_text;
+pub use p2p::{TUNNELS_MAX, Tunnel};
 pub use page::{FileSize, file_sizes};
 pub use records::{RECORDS_MAX, RECORDS_SCANNED_MAX};
 pub use routes::{
@@ -72,6 +74,8 @@ pub struct HttpState {
     pub admin: mpsc::Sender<AdminCommand>,
     /// Who the operator is.
     pub token: Arc<AdminToken>,
+    /// Where tabs are led, if there is a listener for them.
+    pub p2p: Option<Arc<Tunnel>>,
 }
 
 /// Where a blob's bytes are.

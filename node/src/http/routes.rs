@@ -23,7 +23,7 @@ use tokio::sync::oneshot;
 
 use super::error::ApiError;
 use super::feed::StepLine;
-use super::{AdminAction, AdminCommand, HttpState, blobs, metrics, page, records};
+use super::{AdminAction, AdminCommand, HttpState, blobs, metrics, p2p, page, records};
 
 /// Most records, steps or evaluations in one answer.
 pub const PAGE_MAX: usize = 1000;
@@ -79,6 +79,7 @@ pub const ROUTES: &[Route] = &[
     route("GET", "/api/evaluations", "past evaluations: ?from=ORDINAL&limit=COUNT, at most 1000"),
     route("GET", "/api/samples", "sample rollouts of the newest steps: tokens, entropies, rewards"),
     route("GET", "/api/events", "what happens from now on, as server-sent events"),
+    route("GET", "/p2p", "the swarm, for tabs: a WebSocket connection to this host's libp2p"),
     route("GET", "/metrics", "OpenMetrics text for Prometheus"),
     route("POST", "/api/admin/pause", "hand out nothing new; needs the operator's token"),
     route("POST", "/api/admin/resume", "go on; needs the operator's token"),
@@ -101,6 +102,7 @@ pub fn router(state: HttpState) -> Router {
         .route("/api/samples", get(samples))
         .route("/api/events", get(events))
         .route("/metrics", get(metrics))
+        .route("/p2p", get(p2p::p2p))
         .route("/api/admin/{action}", post(admin))
         .fallback(page)
         .method_not_allowed_fallback(wrong_method)

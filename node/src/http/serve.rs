@@ -8,7 +8,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use axum::Router;
+use hyper::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -16,7 +19,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_rustls::server::TlsStream;
 
-use super::seats::{CONNECTIONS_MAX, Seats};
+use super::seats::{CONNECTIONS_MAX, Seat, Seats};
 use super::tls::Tls;
 use super::{HttpState, router};
 
@@ -88,13 +91,12 @@ pub async fn serve(
             continue;
         };
         debug_assert!(connections.len() <= CONNECTIONS_MAX);
-        let (service, tls) = (service.clone(), tls.clone());
+        let (service, tls, seat) = (service.clone(), tls.clone(), Arc::new(seat));
         connections.spawn(async move {
-            let _seat = seat;
             let served = match tls {
-                None => converse(stream, service).await,
+                None => converse(stream, service, seat).await,
                 Some(tls) => match shake_hands(&tls, stream).await {
-                    Ok(Some(stream)) => converse(stream, service).await,
+                    Ok(Some(stream)) => converse(stream, service, seat).await,
                     Ok(None) => Ok(()),
                     Err(error) => Err(error),
                 },
@@ -106,16 +108,21 @@ pub async fn serve(
     }
 }
 
-/// Answers the requests of one connection.
-async fn converse<S>(stream: S, service: TowerToHyperService<Router>) -> Result<()>
+/// Answers the requests of one connection. A tunnel outlives its request, and keeps the seat.
+async fn converse<S>(stream: S, service: TowerToHyperService<Router>, seat: Arc<Seat>) -> Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(seat.clone());
+        service.call(request)
+    });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)
         .max_buf_size(HEADER_BYTES_MAX)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
     Ok(connection.await?)
 }
 

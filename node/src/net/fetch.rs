@@ -14,21 +14,20 @@ use futures::{AsyncReadExt, AsyncWriteExt};
 use libp2p::Stream;
 use manyhands_core::swarm::chunks::ChunkList;
 use manyhands_core::swarm::ids::{Hash, PeerKey};
-use manyhands_core::swarm::streams::{BlobHeader, list_bytes, read_list};
+use manyhands_core::swarm::transfer::{
+    CHUNKS_AHEAD_MAX, FOUND, LIST_HEADER_BYTES, blob_header, read_list, read_list_header,
+};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout_at;
 
 use super::Net;
 use super::limits::Pace;
-use super::serve::FOUND;
 use super::streams::BLOB_PROTOCOL;
 use super::traffic::Kind;
 use crate::blobs::{BlobStore, Partial};
 
 /// Sources that are asked; more would not be faster.
 const SOURCES_MAX: usize = 16;
-/// Chunks that one source is asked for ahead of what has arrived.
-const AHEAD_MAX: usize = 4;
 
 /// Why a source is not asked again.
 enum Fault {
@@ -131,25 +130,21 @@ impl Faults {
 async fn find(net: &Net, source: PeerKey, hash: &Hash) -> Result<(ChunkList, Stream), Fault> {
     let mut stream = open(net, source, hash, true).await?;
     let start = Pace::start(&net.limits);
-    let mut length = [0; 8];
-    timeout_at(start.deadline(0), stream.read_exact(&mut length)).await??;
-    let length = u64::from_le_bytes(length);
-    let Some(list_bytes) = list_bytes(length) else {
-        return Err(Fault::There(anyhow::anyhow!("it claims {length} bytes")));
-    };
+    let mut header = [0; LIST_HEADER_BYTES];
+    timeout_at(start.deadline(0), stream.read_exact(&mut header)).await??;
+    let (bytes, length) = read_list_header(header).map_err(|e| Fault::There(e.into()))?;
     let mut values = Vec::new();
-    let mut list = (&mut stream).take(list_bytes as u64);
-    timeout_at(start.deadline(list_bytes as u64), list.read_to_end(&mut values)).await??;
-    match read_list(hash, length, &values) {
-        Some(list) => Ok((list, stream)),
-        None => Err(Fault::There(anyhow::anyhow!("it sent a wrong chunk list"))),
-    }
+    let mut list = (&mut stream).take(bytes);
+    timeout_at(start.deadline(bytes), list.read_to_end(&mut values)).await??;
+    let list = read_list(hash, length, &values);
+    let wrong = || Fault::There(anyhow::anyhow!("it sent a wrong chunk list"));
+    Ok((list.ok_or_else(wrong)?, stream))
 }
 
 /// Opens a stream to a source that has the blob.
 async fn open(net: &Net, source: PeerKey, hash: &Hash, wants_list: bool) -> Result<Stream, Fault> {
     let mut stream = net.open_stream(source, BLOB_PROTOCOL).await.map_err(Fault::There)?;
-    let header = BlobHeader { blob: *hash, wants_list }.encode();
+    let header = blob_header(hash, list);
     let deadline = Pace::start(&net.limits).deadline(0);
     let mut status = [0];
     let ask = async {
@@ -201,7 +196,7 @@ impl Work<'_> {
         let mut written = 0;
         let mut keeping: Option<JoinHandle<Result<bool>>> = None;
         loop {
-            while asked.len() < AHEAD_MAX
+            while asked.len() < CHUNKS_AHEAD_MAX
                 && let Some(next) = self.next()
             {
                 asked.push_back(next);

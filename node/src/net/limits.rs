@@ -5,9 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use manyhands_core::swarm::ids::PeerKey;
-use tokio::time::Instant;
-
 pub use manyhands_core::swarm::protocol::{REQUEST_BYTES_MAX, RESPONSE_BYTES_MAX};
+use tokio::time::Instant;
 
 /// A request without a response fails after this; long polls last up to 30 s.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);

@@ -1,6 +1,6 @@
 //! Serves blobs: first the chunk list if wanted, then any chunk that is asked for.
 //!
-//! What is on the stream is in [`manyhands_core::swarm::streams`]. An end of it is a refusal.
+//! What a stream carries is in `core::swarm::transfer`.
 
 use std::io;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use futures::{AsyncReadExt, AsyncWriteExt};
 use libp2p::Stream;
 use manyhands_core::swarm::chunks::ChunkList;
 use manyhands_core::swarm::ids::{Hash, PeerKey};
-use manyhands_core::swarm::streams::{BLOB_HEADER_BYTES, BlobHeader, write_list};
+use manyhands_core::swarm::transfer::{self, BLOB_HEADER_BYTES, FOUND, LACKING, read_blob_header};
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 use tokio::time::{timeout, timeout_at};
@@ -17,11 +17,6 @@ use tokio::time::{timeout, timeout_at};
 use super::limits::{Limits, Pace, SERVES_A_PEER_MAX, SERVING_CHUNKS_MAX, Slots};
 use super::traffic::{Counters, Kind};
 use crate::blobs::BlobStore;
-
-/// The blob is here.
-pub(super) const FOUND: u8 = 1;
-/// The blob is not here.
-const LACKING: u8 = 0;
 
 /// Serves blobs of one store, each stream in a task of its own.
 #[derive(Clone)]
@@ -57,15 +52,14 @@ impl Server {
     async fn serve(&self, mut stream: Stream) -> io::Result<()> {
         let mut header = [0; BLOB_HEADER_BYTES];
         timeout(self.limits.grace, stream.read_exact(&mut header)).await??;
-        let header = BlobHeader::decode(&header).ok_or(io::ErrorKind::InvalidData)?;
-        let hash = header.blob;
+        let (hash, wants_list) = read_blob_header(&header);
         let Some(list) = self.list(hash).await? else {
             timeout(self.limits.grace, stream.write_all(&[LACKING])).await??;
             return stream.close().await;
         };
         let mut answer = vec![FOUND];
-        if header.wants_list {
-            write_list(&list, &mut answer);
+        if wants_list {
+            answer.extend(transfer::list(&list));
         }
         self.write(&mut stream, &answer).await?;
         let mut index = [0; 4];

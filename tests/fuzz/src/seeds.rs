@@ -23,7 +23,7 @@ use manyhands_core::swarm::packing::{join, pack};
 use manyhands_core::swarm::protocol::{
     Idle, PROTOCOL, PeerAddress, Refusal, Request, Response, Welcome,
 };
-use manyhands_core::swarm::streams::{BlobHeader, UploadHeader, write_list};
+use manyhands_core::swarm::transfer;
 use manyhands_core::swarm::unit::{Unit, encode_output};
 use manyhands_core::swarm::{delta, share};
 use manyhands_core::tasks::{Family, Split};
@@ -314,17 +314,15 @@ pub fn chain() -> Vec<Vec<u8>> {
 }
 
 pub fn streams() -> Vec<Vec<u8>> {
-    let upload = UploadHeader { unit: hash("unit"), length: 1 << 20 };
-    let blob = BlobHeader { blob: hash("blob"), wants_list: true };
+    let upload = transfer::result_header(&hash("unit"), 1 << 20);
+    let blob = transfer::blob_header(&hash("blob"), true);
     let list = |bytes: &[u8]| {
-        let mut out = [&[3], &Hash::of(bytes).0[..]].concat();
-        write_list(&ChunkList::of(bytes), &mut out);
-        out
+        [&[3], &Hash::of(bytes).0[..], &transfer::list(&ChunkList::of(bytes))].concat()
     };
     vec![
         vec![0, 0, 16, 0, 0],
-        [&[1], &upload.encode()[..]].concat(),
-        [&[2], &blob.encode()[..]].concat(),
+        [&[1], &upload[..]].concat(),
+        [&[2], &blob[..]].concat(),
         list(b""),
         list(b"small"),
         list(&vec![3; (5 << 20) + 77]),

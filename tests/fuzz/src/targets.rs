@@ -21,10 +21,7 @@ use manyhands_core::swarm::packing::{join, pack, split, unpack};
 use manyhands_core::swarm::protocol::{Request, Response};
 use manyhands_core::swarm::share;
 use manyhands_core::swarm::status::clean_agent;
-use manyhands_core::swarm::streams::{
-    BLOB_HEADER_BYTES, BlobHeader, UPLOAD_HEADER_BYTES, UploadHeader, message_bytes, read_list,
-    write_list,
-};
+use manyhands_core::swarm::transfer::{self, BLOB_HEADER_BYTES, RESULT_HEADER_BYTES};
 use manyhands_core::swarm::unit::{Unit, decode_output, encode_output, result_bytes_max};
 use manyhands_core::swarm::{delta, protocol};
 use manyhands_core::tasks::reasoning_gym::extract_answer;
@@ -203,26 +200,28 @@ fn streams(bytes: &[u8]) -> bool {
     match which % 4 {
         0 => {
             let Some(prefix) = bytes.first_chunk() else { return false };
-            message_bytes(*prefix, protocol::REQUEST_BYTES_MAX)
-                .is_some_and(|length| length <= protocol::REQUEST_BYTES_MAX)
+            transfer::message_length(*prefix, protocol::REQUEST_BYTES_MAX)
+                .is_ok_and(|length| transfer::message_header(length) == Some(*prefix))
         }
         1 => {
-            let Some(header) = bytes.first_chunk::<UPLOAD_HEADER_BYTES>() else { return false };
-            assert_eq!(UploadHeader::decode(header).encode(), *header);
+            let Some(header) = bytes.first_chunk::<RESULT_HEADER_BYTES>() else { return false };
+            let (unit, length) = transfer::read_result_header(header);
+            assert_eq!(transfer::result_header(&unit, length), *header);
             true
         }
         2 => {
             let Some(header) = bytes.first_chunk::<BLOB_HEADER_BYTES>() else { return false };
-            BlobHeader::decode(header).inspect(|h| assert_eq!(h.encode(), *header)).is_some()
+            let (blob, wants_list) = transfer::read_blob_header(header);
+            assert_eq!(transfer::blob_header(&blob, wants_list)[..32], header[..32]);
+            true
         }
         _ => {
             let Some((hash, rest)) = bytes.split_first_chunk() else { return false };
             let Some((length, values)) = rest.split_first_chunk() else { return false };
-            let length = u64::from_le_bytes(*length);
-            let Some(list) = read_list(&Hash(*hash), length, values) else { return false };
-            let mut written = Vec::new();
-            write_list(&list, &mut written);
-            assert_eq!(written, rest);
+            let Ok((_, length)) = transfer::read_list_header(*length) else { return false };
+            let list = transfer::read_list(&Hash(*hash), length, values);
+            let Some(list) = list else { return false };
+            assert_eq!(transfer::list(&list), rest);
             let mut end = 0;
             for i in 0..list.count() {
                 let range = list.range(i);

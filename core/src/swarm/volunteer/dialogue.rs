@@ -22,6 +22,10 @@ impl Volunteer {
                     let stage = Stage::Waiting;
                     self.held.push_back(Held { hash, unit: decoded, stage, wanted: true });
                 }
+                if self.paused {
+                    // It was asked for before the owner's word.
+                    self.give_back(|h| h.stage == Stage::Waiting);
+                }
             }
             (Request::Take, Response::Idle { retry_ms, why, accepted }) => {
                 self.hear(accepted);
@@ -109,16 +113,11 @@ impl Volunteer {
         self.effects.extend(accepted.into_iter().map(heard));
     }
 
-    /// Drops units and tells the coordination peer with the next question.
+    /// Drops units, and tells the coordination peer with the next question.
     pub(super) fn give_back(&mut self, which: impl Fn(&Held) -> bool) {
-        for h in self.held.iter_mut().filter(|h| which(h)) {
-            h.wanted = false;
-        }
-        let units: Vec<Hash> = self.held.iter().filter(|h| !h.wanted).map(|h| h.hash).collect();
-        self.held.retain(|h| h.wanted);
-        if self.asking.is_none() && !units.is_empty() {
-            self.ask(Request::Release { units });
-        }
+        let units = self.held.iter().filter(|h| which(h)).map(|h| h.hash);
+        self.released.extend(units.collect::<Vec<_>>());
+        self.held.retain(|h| !which(h));
         self.take_ms = self.now_ms + RETRY_MS_MIN;
     }
 
@@ -136,6 +135,9 @@ impl Volunteer {
                 engine: self.engine.clone(),
                 speed: self.speed,
             });
+        }
+        if !self.released.is_empty() {
+            return Some(Request::Release { units: std::mem::take(&mut self.released) });
         }
         for h in &self.held {
             // One upload at a time of units that are alike.

@@ -53,7 +53,10 @@ pub enum Event {
         /// Which.
         unit: Hash,
     },
-    /// The owner wants it to rest, or to work.
+    /// The engine is gone, and a new one has taken its place: it has no weights, and what was
+    /// being computed begins again.
+    EngineLost,
+    /// The owner wants it to rest, or to work. Units that were not begun are given back.
     Pause(bool),
     /// Time passes.
     Tick,
@@ -159,6 +162,8 @@ pub struct Volunteer {
     run: Hash,
     model: Option<ModelConfig>,
     held: VecDeque<Held>,
+    /// Given up, which the coordination peer has not heard yet.
+    released: Vec<Hash>,
     /// Oldest first.
     weights: VecDeque<Hash>,
     loading: Option<Hash>,
@@ -194,6 +199,7 @@ impl Volunteer {
             run: Hash([0; 32]),
             model: None,
             held: VecDeque::new(),
+            released: Vec::new(),
             weights: VecDeque::new(),
             loading: None,
             take_ms: 0,
@@ -277,7 +283,20 @@ impl Volunteer {
             Event::Uploaded { unit } => {
                 self.held.retain(|h| h.hash != unit || h.stage != Stage::Uploading);
             }
-            Event::Pause(paused) => self.paused = paused,
+            Event::EngineLost => {
+                self.weights.clear();
+                self.loading = None;
+                for h in self.held.iter_mut().filter(|h| h.stage == Stage::Computing) {
+                    h.stage = Stage::Waiting;
+                }
+                self.held.retain(|h| h.wanted);
+            }
+            Event::Pause(paused) => {
+                if paused && !self.paused {
+                    self.give_back(|h| h.stage == Stage::Waiting);
+                }
+                self.paused = paused;
+            }
             Event::Tick => {}
         }
         if !self.stopped {
@@ -288,7 +307,8 @@ impl Volunteer {
 
     /// Gives back everything that is not being computed: the program is about to end.
     pub fn farewell(&mut self) -> Option<Request> {
-        let units: Vec<Hash> = self.held.drain(..).map(|h| h.hash).collect();
+        let held = self.held.drain(..).map(|h| h.hash);
+        let units: Vec<Hash> = self.released.drain(..).chain(held).collect();
         let up = matches!(self.link, Link::Up { session: true });
         (up && !units.is_empty()).then_some(Request::Release { units })
     }

@@ -1,6 +1,6 @@
 //! Bounds of what a coordination peer can make a volunteer hold, keep or try.
 
-use super::*;
+use super::super::*;
 use crate::conformance::suite::DIGEST;
 use crate::model::generate::Request as Prompt;
 use crate::run::work::Work;
