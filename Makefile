@@ -58,7 +58,7 @@ wasm: tab
 
 # A tab, a native volunteer and a host in a real browser; a software adapter stands in for a GPU.
 browser: tab
-	@.ci/packages cc node browser
+	@.ci/packages cc node browser proxy
 	cd tests/browser && npm ci --silent --no-audit --no-fund --ignore-scripts
 	cargo build --locked -p manyhands
 	node --test --test-concurrency=1 tests/browser/
