@@ -1,4 +1,4 @@
-//! Seconds that units take on the native engines, one thread:  unit_seconds DIRECTORY..
+//! Seconds that units take on the native engines, one thread:  `unit_seconds DIRECTORY..`
 //! A directory holds a unit, its model, and the blobs of its weights; `browser/bench.mjs` makes
 //! them, and compares. Prints JSON: names and seconds by engine, a unit each.
 
@@ -38,7 +38,7 @@ fn read(dir: &Path) -> Task {
 fn seconds<E: Engine>(engine: &E, task: &Task) -> f64 {
     let weights = delta::build(task.unit.weights, None, &task.blobs, &task.model).unwrap();
     let decoder = Decoder::new(engine, &weights);
-    let mut run = || {
+    let run = || {
         let started = Instant::now();
         pollster::block_on(execute(engine, &decoder, &task.unit.work, |_| ())).unwrap();
         started.elapsed().as_secs_f64()

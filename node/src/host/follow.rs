@@ -116,10 +116,10 @@ async fn begin(keep: &mut Keep, remote: &Remote, manifest: &Manifest) -> Result<
         Some(first) => first,
         None => {
             let asked = remote.clone();
-            let fetch = move || -> Result<(Vec<u8>, Vec<(Hash, Vec<u8>)>)> {
+            let fetch = move || {
                 let first = asked.records(0)?.into_iter().next().context("the ledger is empty")?;
                 let blobs = blobs_of(&asked, &first, |_| false)?;
-                Ok((first, blobs))
+                anyhow::Ok((first, blobs))
             };
             let (first, blobs) = tokio::task::spawn_blocking(fetch).await??;
             keep.persist(blobs, vec![first.clone()])?;

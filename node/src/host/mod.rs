@@ -62,7 +62,7 @@ pub struct HostArgs {
     #[arg(long, value_name = "URL", conflicts_with_all = ["run", "promote", "once", "json"])]
     pub follow: Option<String>,
     /// File with the operator's token of the host that is followed: its `admin-token`
-    /// [default: the environment's MANYHANDS_TOKEN].
+    /// [default: the text of `MANYHANDS_TOKEN` in the environment].
     #[arg(long, value_name = "FILE", requires = "follow")]
     pub token: Option<PathBuf>,
     /// Trust this certificate authority (PEM) when following a host by https, instead of those

@@ -107,8 +107,9 @@ async fn handshake(
     let mut stream = TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
     // A header's value has no line ends.
+    let head = format!("GET / HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\n");
     let request = [
-        format!("GET / HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\n").as_bytes(),
+        head.as_bytes(),
         b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ",
         key.as_bytes(),
         END,

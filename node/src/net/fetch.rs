@@ -144,7 +144,7 @@ async fn find(net: &Net, source: PeerKey, hash: &Hash) -> Result<(ChunkList, Str
 /// Opens a stream to a source that has the blob.
 async fn open(net: &Net, source: PeerKey, hash: &Hash, wants_list: bool) -> Result<Stream, Fault> {
     let mut stream = net.open_stream(source, BLOB_PROTOCOL).await.map_err(Fault::There)?;
-    let header = blob_header(hash, list);
+    let header = blob_header(hash, wants_list);
     let deadline = Pace::start(&net.limits).deadline(0);
     let mut status = [0];
     let ask = async {

@@ -18,7 +18,8 @@ use crate::support::peer;
 async fn node(seed: u8, listen: &str, store: &BlobStore) -> (Net, Receiver<NetEvent>) {
     let listen = listen.parse().into_iter().collect();
     let (identity, blobs) = (Identity::from_seed([seed; 32]), Some(Arc::new(store.clone())));
-    let config = NetConfig { identity, listen, limits: Limits::default(), blobs };
+    let config =
+        NetConfig { identity, listen, limits: Limits::default(), blobs, trust: Vec::new() };
     Net::start(config).await.unwrap()
 }
 
@@ -28,7 +29,7 @@ async fn page(listener: SocketAddr) -> SocketAddr {
     state.p2p = Some(Arc::new(Tunnel::to(listener)));
     let socket = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
     let address = socket.local_addr().unwrap();
-    tokio::spawn(serve(socket, state, std::future::pending()));
+    tokio::spawn(serve(socket, state, None, std::future::pending()));
     address
 }
 

@@ -4,7 +4,7 @@ use futures::future::{join_all, select_all};
 use futures::stream::FuturesUnordered;
 use futures::{AsyncReadExt, AsyncWriteExt, FutureExt, StreamExt};
 use manyhands_core::swarm::ids::{Hash, PeerKey};
-use manyhands_core::swarm::streams::BlobHeader;
+use manyhands_core::swarm::transfer;
 use manyhands_node::identity::Identity;
 use manyhands_node::net::{
     BANNED_MAX, EVENTS_MAX, EVENTS_WAITING_MAX, Limits, NetEvent, REQUESTS_A_CONNECTION_MAX,
@@ -31,7 +31,7 @@ fn stranger(seed: u32) -> PeerKey {
 /// Asks for a blob on a raw stream; its length, once the list is there.
 async fn ask(peer: &mut Raw, hash: Hash) -> std::io::Result<libp2p::Stream> {
     let mut stream = peer.open("/manyhands/blob/1").await;
-    stream.write_all(&BlobHeader { blob: hash, wants_list: false }.encode()).await?;
+    stream.write_all(&transfer::blob_header(&hash, false)).await?;
     stream.flush().await?;
     let mut found = [0];
     stream.read_exact(&mut found).await?;
@@ -282,7 +282,7 @@ async fn chunks_are_asked_for_no_further_ahead_than_the_bound() {
         let (_, mut stream) = streams.next().await.unwrap();
         stream.read_exact(&mut [0; 33]).await.unwrap();
         let mut answer = vec![1];
-        manyhands_core::swarm::streams::write_list(&list, &mut answer);
+        answer.extend_from_slice(&transfer::list(&list));
         stream.write_all(&answer).await.unwrap();
         stream.flush().await.unwrap();
         let mut asked = Vec::new();

@@ -190,7 +190,9 @@ impl Coordinator {
             return self.effect(Effect::Failed(error));
         }
         let done = self.pipeline.is_done();
-        let stands = self.unsettled.first().map_or(self.pipeline.ordinal(), |(o, _)| *o);
+        // Rollouts for steps to come may be all that is unsettled.
+        let ordinal = self.pipeline.ordinal();
+        let stands = self.unsettled.first().map_or(ordinal, |(o, _)| ordinal.min(*o));
         let stands = if self.redo.is_empty() { stands } else { self.final_ordinal };
         if stands > self.final_ordinal {
             self.final_ordinal = stands;

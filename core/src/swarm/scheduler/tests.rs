@@ -16,7 +16,7 @@ fn path() -> JobPath {
 /// A job of many items of a tenth of a second each, and some volunteers.
 fn scheduler(items: usize, volunteers: u8) -> Scheduler {
     let mut scheduler = Scheduler::new(SwarmSection::default(), 0);
-    scheduler.open(path(), (SPEED / 10.0) as u64, 1000, &[0..items]);
+    scheduler.open(path(), (SPEED / 10.0) as u64, 1000, std::slice::from_ref(&(0..items)));
     (0..volunteers).for_each(|i| scheduler.arrive(peer(i), SPEED, 0));
     scheduler
 }
@@ -39,7 +39,7 @@ fn leases_of_one_volunteer_are_bounded() {
 #[test]
 fn unit_has_no_more_items_than_fit_a_message() {
     let mut scheduler = Scheduler::new(SwarmSection::default(), 0);
-    scheduler.open(path(), 1, 7, &[0..1000]);
+    scheduler.open(path(), 1, 7, std::slice::from_ref(&(0..1000)));
     scheduler.arrive(peer(0), SPEED, 0);
     let Some(Assignment::Unit { count, .. }) = scheduler.take(peer(0), 0) else { panic!("none") };
     assert_eq!(count, 7);

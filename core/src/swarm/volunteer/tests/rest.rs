@@ -58,7 +58,7 @@ impl Table {
     /// Gives it a unit with this seed, which it asked for.
     fn give(&mut self, seed: u64) -> Hash {
         assert_eq!(self.question(), Some(&Request::Take));
-        let requests = vec![Prompt { prompt: vec![3], stream: 0 }];
+        let requests = vec![Prompt { prompt: vec![3], stream: [0; 3] }];
         let work =
             Work::Sample { seed, temperature_scale: None, max_new_tokens: 1, end: 2, requests };
         let unit = Unit { weights: Hash([9; 32]), work }.encode();
