@@ -36,6 +36,7 @@ impl Outcome {
             voided: 0,
             records: Vec::new(),
         };
+        let mut newest = 0;
         for record in &records {
             match &record.entry {
                 Entry::Unit(unit) => outcome.units.push((record.sequence, *unit)),
@@ -43,7 +44,14 @@ impl Outcome {
                     let again = outcome.expelled.insert(*volunteer, *offence);
                     assert_eq!(again, None, "{volunteer:?} is expelled twice");
                 }
-                Entry::RolledBack { .. } => outcome.rolled_back += 1,
+                Entry::RolledBack { ordinal } => {
+                    outcome.rolled_back += 1;
+                    newest = *ordinal;
+                }
+                Entry::Version { ordinal, update: 0, .. } => newest = *ordinal,
+                Entry::Final { ordinal } => {
+                    assert!(*ordinal <= newest, "final before it is there: {ordinal} > {newest}");
+                }
                 Entry::Voided { .. } => outcome.voided += 1,
                 _ => {}
             }
