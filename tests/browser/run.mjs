@@ -1,8 +1,8 @@
 // A run for the tests, and what its ledger says.
 import assert from "node:assert/strict";
 
-/** A run of two phases, small enough for seconds; every unit of a newcomer is audited. */
-export const runOf = (sft, rl) => `
+/** A run of two phases, small enough for seconds; so many units of a newcomer are audited. */
+export const runOf = (sft, rl, audits = 3) => `
 name = "browser"
 seed = 4
 [model]
@@ -36,7 +36,7 @@ k = [1, 2]
 every = 5
 [swarm]
 unit_seconds = 0.2
-newcomer_audits = 3
+newcomer_audits = ${audits}
 silence_seconds = 5.0
 `;
 

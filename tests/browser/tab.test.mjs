@@ -7,14 +7,15 @@ import { after, before, test } from "node:test";
 
 import { SETTINGS, assertNothingTwice, auditsOf, runOf, stageOf, unitsOf } from "./run.mjs";
 import {
-  directory, finalWeights, ledger, openTab, startBrowser, startHost, startVolunteer, trainAlone,
+  directory, finalWeights, ledger, openTab, startBrowser, startHost, startVolunteer, trainAlone, until,
 } from "./support.mjs";
 
 /** A file of the run and the weights that one machine comes to. */
-async function prepare(test, sft, rl) {
+async function prepare(test) {
   const dir = directory(test);
   const runFile = join(dir, "run.toml");
-  writeFileSync(runFile, runOf(sft, rl));
+  // All units are audited, so that those of both kinds are.
+  writeFileSync(runFile, runOf(2, 6, 1000));
   return { dir, runFile, alone: await trainAlone(runFile, join(dir, "alone")) };
 }
 
@@ -26,14 +27,18 @@ after(() => Promise.all([webgpu.close(), plain.close()]));
 
 /** A tab, a native volunteer and a host train together. */
 async function trainTogether(t, browser, kind) {
-  const { dir, runFile, alone } = await prepare(t, 12, 3);
+  const { dir, runFile, alone } = await prepare(t);
   const host = await startHost({ runFile, dir: join(dir, "host") });
   t.after(() => host.stop());
   const tab = await openTab(browser, host.url);
   t.after(() => tab.close());
   await tab.start({ ...SETTINGS, engine: kind });
-  // It begins alone, so that there is something for it to do.
-  await tab.until("a unit is accepted", (state) => state.accepted > 0);
+  // It begins alone, until it has done some of everything.
+  const { peer } = await tab.until("a unit is accepted", (state) => state.accepted > 0);
+  await until("the tab has a rollout and a gradient in the ledger", async () => {
+    const stages = new Set(unitsOf(await ledger(host.url), peer).map(stageOf));
+    return stages.has("Rollout") && stages.has("Gradient");
+  });
   const volunteer = startVolunteer({ url: host.url, dir: join(dir, "native") });
   t.after(() => volunteer.stop());
   assert.equal(await finalWeights(host.url), alone);

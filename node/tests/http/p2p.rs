@@ -16,7 +16,7 @@ use tokio::sync::mpsc::Receiver;
 use crate::support::peer;
 
 async fn node(seed: u8, listen: &str, store: &BlobStore) -> (Net, Receiver<NetEvent>) {
-    let listen = listen.parse().into_iter().collect();
+    let listen = if listen.is_empty() { vec![] } else { vec![listen.parse().unwrap()] };
     let (identity, blobs) = (Identity::from_seed([seed; 32]), Some(Arc::new(store.clone())));
     let config =
         NetConfig { identity, listen, limits: Limits::default(), blobs, trust: Vec::new() };

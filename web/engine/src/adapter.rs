@@ -14,8 +14,10 @@ use crate::now_ms;
 const SHAPE: [usize; 3] = [128, 256, 256];
 /// Products that are timed together.
 const REPEATS: usize = 2;
-/// Ways in which an adapter may like to work.
-const PROFILES: [Profile; 2] = [Profile::Hardware, Profile::Software { lanes: 4 }];
+/// Ways in which an adapter may like to work. The one that suits software is tried first.
+const PROFILES: [Profile; 2] = [Profile::Software { lanes: 4 }, Profile::Hardware];
+/// An adapter that has taken so long is slow whatever is tried next.
+const PICK_MS_MAX: f64 = 5_000.0;
 
 /// Opens the adapter that the browser offers for much work, in the way that is fastest there.
 pub async fn open(constants: Constants) -> Result<Gpu, EngineError> {
@@ -25,7 +27,11 @@ pub async fn open(constants: Constants) -> Result<Gpu, EngineError> {
         ..Default::default()
     };
     let mut best: Option<(f64, Gpu)> = None;
+    let begun = now_ms();
     for profile in PROFILES {
+        if best.is_some() && now_ms() - begun > PICK_MS_MAX {
+            break;
+        }
         // An adapter gives one device.
         let adapter = instance.request_adapter(&options).await;
         let adapter = adapter.map_err(|e| EngineError::DeviceLost(e.to_string()))?;
@@ -43,7 +49,11 @@ pub async fn open(constants: Constants) -> Result<Gpu, EngineError> {
 /// Sets the fastest kernel for products; returns its time.
 async fn pick(gpu: &Gpu) -> Result<f64, EngineError> {
     let mut best = (f64::INFINITY, gpu.matmul_variant());
+    let begun = now_ms();
     for variant in MatmulVariant::ALL {
+        if best.0.is_finite() && now_ms() - begun > PICK_MS_MAX {
+            break;
+        }
         let product = TimedProduct::Exact(variant);
         // The first call compiles.
         gpu.run_product(product, SHAPE, 1).await?;

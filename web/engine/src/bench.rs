@@ -107,8 +107,10 @@ impl<E: Engine> Bench<E> {
     }
 
     async fn compute(&self, unit: &Unit, progress: impl FnMut(usize)) -> Result<Vec<u8>, JsError> {
-        let (_, decoder) =
-            self.weights.get(&unit.weights).ok_or_else(|| error("a unit came before its weights"))?;
+        let (_, decoder) = self
+            .weights
+            .get(&unit.weights)
+            .ok_or_else(|| error("a unit came before its weights"))?;
         let output = execute(&self.engine, decoder, &unit.work, progress).await.map_err(error)?;
         Ok(encode_output(&output))
     }
@@ -160,12 +162,7 @@ impl TabEngine {
     }
 
     /// Makes weights from blobs, applied in order to `base` or to nothing.
-    pub fn load(
-        &mut self,
-        want: &str,
-        base: Option<String>,
-        blobs: &Array,
-    ) -> Result<(), JsError> {
+    pub fn load(&mut self, want: &str, base: Option<String>, blobs: &Array) -> Result<(), JsError> {
         let model = self.model.as_ref().ok_or_else(|| error("weights came before the model"))?;
         let (want, base) = (hash(want)?, base.as_deref().map(hash).transpose()?);
         with_bench!(&mut self.any, |bench| bench.load(want, base, blobs, model))
@@ -182,7 +179,8 @@ impl TabEngine {
         let model = self.model.as_ref().ok_or_else(|| error("a unit came before the model"))?;
         let unit = Unit::decode(unit, model).map_err(error)?;
         // Who listens is gone if it fails.
-        let tell = |tokens: usize| drop(progress.call1(&JsValue::NULL, &JsValue::from(tokens as f64)));
+        let tell =
+            |tokens: usize| drop(progress.call1(&JsValue::NULL, &JsValue::from(tokens as f64)));
         with_bench!(&self.any, |bench| bench.compute(&unit, tell).await)
     }
 }

@@ -11,7 +11,7 @@ use manyhands_shaders::twin::logits::temperature_scale;
 use crate::now_ms;
 
 /// Sequences of the first try.
-const SEQUENCES_MIN: usize = 4;
+const SEQUENCES_MIN: usize = 1;
 /// Sequences of the last.
 const SEQUENCES_MAX: usize = 64;
 /// Tokens of a sequence.
