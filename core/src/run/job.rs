@@ -4,11 +4,10 @@ use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
-use super::work::{Malformed, Output, Values, Work};
-use crate::engine::Saturations;
+use super::parts::Parts;
+use super::work::{Malformed, Output, Work};
 use crate::model::config::ModelConfig;
-use crate::model::generate::Completion;
-use crate::model::weights::{Gradients, Weights};
+use crate::model::weights::Weights;
 
 /// Where in a run some work belongs. Ordered as the run needs it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -97,39 +96,28 @@ pub enum SupplyError {
 pub struct OpenJob {
     /// The job.
     pub job: Job,
-    present: Vec<bool>,
-    missing: usize,
-    output: Output,
+    parts: Parts,
 }
 
 impl OpenJob {
     pub(super) fn new(job: Job) -> Self {
-        let n = job.work.items();
-        let values = match &job.work {
-            Work::Sample { .. } | Work::Check { .. } => {
-                Values::Samples(vec![Completion::default(); n])
-            }
-            Work::Score { .. } => Values::Scores(vec![Vec::new(); n]),
-            Work::Gradient { .. } => Values::Gradient(vec![Vec::new(); n], Gradients(Vec::new())),
-        };
-        let output = Output { saturations: Saturations::default(), values };
-        Self { job, present: vec![false; n], missing: n, output }
+        let parts = Parts::of(&job.work);
+        Self { job, parts }
     }
 
     /// Whether item `i` has no output yet.
     pub fn is_missing(&self, i: usize) -> bool {
-        !self.present[i]
+        self.parts.is_missing(i)
     }
 
     /// Tokens that item `i` sampled, if it is one of those and is there.
     pub fn sampled_length(&self, i: usize) -> Option<usize> {
-        let Values::Samples(samples) = &self.output.values else { return None };
-        samples.get(i).map(|c| c.tokens.len()).filter(|n| *n > 0)
+        self.parts.sampled_length(i)
     }
 
     /// Whether every item has an output.
     pub fn is_complete(&self) -> bool {
-        self.missing == 0
+        self.parts.is_complete()
     }
 
     /// Takes the output of the items from `first` on.
@@ -140,38 +128,10 @@ impl OpenJob {
         output: Output,
         model: &ModelConfig,
     ) -> Result<(), SupplyError> {
-        let end = first.checked_add(count).filter(|&end| count > 0 && end <= self.present.len());
-        let end = end.ok_or(SupplyError::NotMissing)?;
-        if self.present[first..end].contains(&true) {
-            return Err(SupplyError::NotMissing);
-        }
-        output.check(&self.job.work.slice(first..end), model)?;
-        match (&mut self.output.values, output.values) {
-            (Values::Samples(all), Values::Samples(new)) => put(&mut all[first..end], new),
-            (Values::Scores(all), Values::Scores(new)) => put(&mut all[first..end], new),
-            (Values::Gradient(all, sum), Values::Gradient(new, share)) => {
-                put(&mut all[first..end], new);
-                if sum.0.is_empty() {
-                    *sum = share;
-                } else {
-                    sum.add(&share);
-                }
-            }
-            _ => return Err(Malformed("another kind of result").into()),
-        }
-        self.output.saturations.merge(&output.saturations);
-        self.present[first..end].fill(true);
-        self.missing -= count;
-        Ok(())
+        self.parts.supply(&self.job.work, first, count, output, model)
     }
 
     pub(super) fn into_output(self) -> Output {
-        self.output
-    }
-}
-
-fn put<T>(to: &mut [T], from: Vec<T>) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = from;
+        self.parts.into_output()
     }
 }

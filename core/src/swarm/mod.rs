@@ -3,6 +3,7 @@
 //! Pure: events and bytes in, effects and bytes out. Sockets, clocks and disks are `node`'s.
 //! Start at [`coordinator`] and [`volunteer`], the two state machines; they speak [`protocol`] about
 //! [units](mod@unit), and what is accepted is written into the [`ledger`].
+//! How bytes go over a stream is in [`transfer`].
 
 pub mod chain;
 pub mod chunks;
@@ -17,6 +18,7 @@ pub mod replay;
 pub mod scheduler;
 pub mod share;
 pub mod status;
+pub mod transfer;
 pub mod trust;
 pub mod unit;
 pub mod volunteer;

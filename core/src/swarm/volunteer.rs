@@ -50,7 +50,10 @@ pub enum Event {
         /// Which.
         unit: Hash,
     },
-    /// The owner wants it to rest, or to work.
+    /// The engine is gone, and a new one has taken its place: it has no weights, and what was
+    /// being computed begins again.
+    EngineLost,
+    /// The owner wants it to rest, or to work. Units that were not begun are given back.
     Pause(bool),
     /// Time passes.
     Tick,
@@ -156,6 +159,8 @@ pub struct Volunteer {
     run: Hash,
     model: Option<ModelConfig>,
     held: VecDeque<Held>,
+    /// Given up, which the coordination peer has not heard yet.
+    released: Vec<Hash>,
     /// Oldest first.
     weights: VecDeque<Hash>,
     loading: Option<Hash>,
@@ -190,6 +195,7 @@ impl Volunteer {
             run: Hash([0; 32]),
             model: None,
             held: VecDeque::new(),
+            released: Vec::new(),
             weights: VecDeque::new(),
             loading: None,
             take_ms: 0,
@@ -267,7 +273,20 @@ impl Volunteer {
             Event::Uploaded { unit } => {
                 self.held.retain(|h| h.hash != unit || h.stage != Stage::Uploading);
             }
-            Event::Pause(paused) => self.paused = paused,
+            Event::EngineLost => {
+                self.weights.clear();
+                self.loading = None;
+                for h in self.held.iter_mut().filter(|h| h.stage == Stage::Computing) {
+                    h.stage = Stage::Waiting;
+                }
+                self.held.retain(|h| h.wanted);
+            }
+            Event::Pause(paused) => {
+                if paused && !self.paused {
+                    self.give_back(|h| h.stage == Stage::Waiting);
+                }
+                self.paused = paused;
+            }
             Event::Tick => {}
         }
         if !self.stopped {
@@ -278,7 +297,8 @@ impl Volunteer {
 
     /// Gives back everything that is not being computed: the program is about to end.
     pub fn farewell(&mut self) -> Option<Request> {
-        let units: Vec<Hash> = self.held.drain(..).map(|h| h.hash).collect();
+        let held = self.held.drain(..).map(|h| h.hash);
+        let units: Vec<Hash> = self.released.drain(..).chain(held).collect();
         let up = matches!(self.link, Link::Up { session: true });
         (up && !units.is_empty()).then_some(Request::Release { units })
     }
@@ -304,6 +324,10 @@ impl Volunteer {
                 if let Some(Ok(decoded)) = model.map(|m| Unit::decode(&unit, m)) {
                     let stage = Stage::Waiting;
                     self.held.push_back(Held { hash, unit: decoded, stage, wanted: true });
+                }
+                if self.paused {
+                    // It was asked for before the owner's word.
+                    self.give_back(|h| h.stage == Stage::Waiting);
                 }
             }
             (Request::Take, Response::Idle { retry_ms, why, accepted }) => {
@@ -383,16 +407,11 @@ impl Volunteer {
         self.effects.extend(accepted.into_iter().map(heard));
     }
 
-    /// Drops units and tells the coordination peer with the next question.
+    /// Drops units, and tells the coordination peer with the next question.
     fn give_back(&mut self, which: impl Fn(&Held) -> bool) {
-        for h in self.held.iter_mut().filter(|h| which(h)) {
-            h.wanted = false;
-        }
-        let units: Vec<Hash> = self.held.iter().filter(|h| !h.wanted).map(|h| h.hash).collect();
-        self.held.retain(|h| h.wanted);
-        if self.asking.is_none() && !units.is_empty() {
-            self.ask(Request::Release { units });
-        }
+        let units = self.held.iter().filter(|h| which(h)).map(|h| h.hash);
+        self.released.extend(units.collect::<Vec<_>>());
+        self.held.retain(|h| !which(h));
         self.take_ms = self.now_ms + RETRY_MS_MIN;
     }
 
@@ -449,6 +468,9 @@ impl Volunteer {
                 engine: self.engine.clone(),
                 speed: self.speed,
             });
+        }
+        if !self.released.is_empty() {
+            return Some(Request::Release { units: std::mem::take(&mut self.released) });
         }
         for h in &self.held {
             // One upload at a time of units that are alike.
