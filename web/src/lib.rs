@@ -1,51 +1,36 @@
-//! The tab: the engines of Manyhands compiled to WebAssembly.
+//! The network side of the tab: a volunteer that a person starts by opening a link.
 //!
-//! So far it holds one thing, the proof that everything else rests on: the conformance suite of
-//! the CPU engine in wasm SIMD128, whose digest must be that of every native engine.
-//! `web/conformance.mjs` runs it.
+//! Two kinds of workers make a tab. The *network worker* (`page/volunteer.js`) holds this module:
+//! `volunteer` is the machine of `core` on a `link` to the host. *Engine workers*
+//! (`page/engine.js`) hold the module of `engine/`: one engine each, which proves itself and
+//! computes. So heartbeats never wait for arithmetic, Stop is the end of a worker, and whatever
+//! ends an engine costs the unit in hand at most.
+//! `hand` cuts a unit for several engines; `chain` checks the ledger.
 
-use std::sync::OnceLock;
-
-use manyhands_core::conformance::suite;
-use manyhands_core::engine::cpu::{Cpu, Path};
-
-/// Digest and verdict, kept alive for the caller to read.
-static REPORT: OnceLock<String> = OnceLock::new();
-
-/// The suite's outcome on the CPU engine: digest, path, and what differs.
-pub fn report() -> &'static str {
-    REPORT.get_or_init(|| {
-        let engine = Cpu::new(suite::constants(), 1, None);
-        match pollster::block_on(suite::run(&engine)) {
-            Ok(outcome) => {
-                let verdict = if outcome.passes() { "PASS" } else { "FAIL" };
-                let wrong = outcome.first_difference().unwrap_or("");
-                format!("{verdict} {} {} {wrong}", outcome.digest, Path::best())
-            }
-            Err(error) => format!("FAIL {error}"),
-        }
-    })
-}
-
-/// Address of the report, UTF-8.
-#[expect(unsafe_code, reason = "an export that JavaScript can call needs a plain name")]
-#[unsafe(no_mangle)]
-pub extern "C" fn report_address() -> *const u8 {
-    report().as_ptr()
-}
-
-/// Length of the report in bytes.
-#[expect(unsafe_code, reason = "an export that JavaScript can call needs a plain name")]
-#[unsafe(no_mangle)]
-pub extern "C" fn report_length() -> usize {
-    report().len()
-}
+#[cfg(target_arch = "wasm32")]
+pub mod blobs;
+#[cfg(target_arch = "wasm32")]
+pub mod browser;
+#[cfg(target_arch = "wasm32")]
+pub mod chain;
+pub mod hand;
+#[cfg(target_arch = "wasm32")]
+pub mod link;
+#[cfg(target_arch = "wasm32")]
+pub mod transport;
+#[cfg(target_arch = "wasm32")]
+pub mod volunteer;
 
 #[cfg(test)]
 mod tests {
+    use manyhands_core::conformance::suite;
+    use manyhands_core::engine::cpu::Cpu;
+
     /// Also run for other processors: see CI.
     #[test]
-    fn report_passes() {
-        assert!(super::report().starts_with("PASS "), "{}", super::report());
+    fn conformance_passes() {
+        let engine = Cpu::new(suite::constants(), 1, None);
+        let outcome = pollster::block_on(suite::run(&engine)).unwrap();
+        assert!(outcome.passes(), "{:?}", outcome.first_difference());
     }
 }
