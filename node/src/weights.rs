@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use manyhands_core::model::config::ModelConfig;
 use manyhands_core::model::weights::Weights;
 use manyhands_core::swarm::delta;
@@ -17,13 +17,15 @@ pub fn build(
     model: &ModelConfig,
     get: impl Fn(&Hash) -> Option<Vec<u8>>,
 ) -> Result<Arc<Weights>> {
-    let mut weights = base;
-    for hash in blobs {
-        let bytes = get(hash).with_context(|| format!("the blob {hash} is missing"))?;
-        let next = delta::apply(weights.as_deref(), model, &bytes);
-        weights = Some(Arc::new(next.with_context(|| format!("the blob {hash} cannot be used"))?));
+    let mut missing = None;
+    let found = blobs.iter().map_while(|hash| {
+        let bytes = get(hash);
+        missing = bytes.is_none().then_some(*hash);
+        bytes
+    });
+    let built = delta::build(want, base, found, model);
+    match missing {
+        Some(hash) => anyhow::bail!("the blob {hash} is missing"),
+        None => built.with_context(|| format!("the weights {want} cannot be made")),
     }
-    let weights = weights.context("nothing says how these weights are made")?;
-    ensure!(Hash::from(weights.hash()) == want, "the weights do not have the hash {want}");
-    Ok(weights)
 }

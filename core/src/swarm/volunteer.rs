@@ -501,3 +501,6 @@ impl Volunteer {
         (room && !self.paused && self.now_ms >= self.take_ms).then_some(Request::Take)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -23,7 +23,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::blobs::BlobStore;
 use crate::cli::{program, runs_dir};
-use crate::http::{self, AdminToken, Feed, HttpState};
+use crate::http::{self, AdminToken, Feed, HttpState, Tunnel};
 use crate::identity::Identity;
 use crate::net::{Limits, Net, NetConfig};
 use crate::storage::Storage;
@@ -143,6 +143,7 @@ async fn host(args: &HostArgs, config: &RunConfig, base: &Path) -> Result<ExitCo
         once: args.once || args.json.is_some(),
         json: args.json.clone(),
     };
+    let p2p = tab_listener(&net).map(|address| Arc::new(Tunnel::to(address)));
     let actor = actor::Actor::start(setup, keep, net, status, feed.clone())?;
     let manifest = serde_json::to_vec(&actor.manifest())?;
     write_atomic(&dir.join(URL_FILE), url.as_bytes())?;
@@ -170,6 +171,7 @@ async fn host(args: &HostArgs, config: &RunConfig, base: &Path) -> Result<ExitCo
         blob: Arc::new(blob),
         admin,
         token,
+        p2p,
     };
     let (_running, ended) = tokio::sync::oneshot::channel::<()>();
     let served = tokio::spawn(http::serve(listener, state, async move {
@@ -184,6 +186,22 @@ async fn host(args: &HostArgs, config: &RunConfig, base: &Path) -> Result<ExitCo
 fn any_port(ip: IpAddr) -> Result<Vec<Multiaddr>> {
     let of = |rest| format!("/{}/{ip}/{rest}", family(ip)).parse().context("--listen");
     ["tcp/0", "udp/0/quic-v1", "tcp/0/ws"].into_iter().map(of).collect()
+}
+
+/// Where the own listener for WebSocket is reached from this machine, best by loopback.
+fn tab_listener(net: &Net) -> Option<SocketAddr> {
+    let addresses = net.addresses();
+    let sockets = addresses.iter().filter_map(|address| {
+        let mut parts = address.iter();
+        let ip = match parts.next()? {
+            Protocol::Ip4(ip) => IpAddr::V4(ip),
+            Protocol::Ip6(ip) => IpAddr::V6(ip),
+            _ => return None,
+        };
+        let Protocol::Tcp(port) = parts.next()? else { return None };
+        matches!(parts.next()?, Protocol::Ws(_)).then_some(SocketAddr::new(ip, port))
+    });
+    sockets.max_by_key(|address| address.ip().is_loopback())
 }
 
 /// The addresses of the last time, if they are of this interface.

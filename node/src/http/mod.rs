@@ -9,6 +9,7 @@ mod blobs;
 mod error;
 mod feed;
 mod metrics;
+mod p2p;
 mod routes;
 mod seats;
 mod serve;
@@ -30,6 +31,7 @@ pub use feed::{
     EVALUATIONS_MAX, FEED_QUEUE_MAX, Feed, HEARTBEAT, SSE_CLIENTS_MAX, STEPS_MAX, StepLine,
 };
 pub use metrics::metrics_text;
+pub use p2p::{TUNNELS_MAX, Tunnel};
 pub use routes::{ADMIN_TIMEOUT, BODY_BYTES_MAX, PAGE_MAX, REQUEST_TIMEOUT, ROUTES, Route, router};
 pub use seats::{CONNECTIONS_MAX, CONNECTIONS_PER_ADDRESS_MAX, Seat, Seats};
 pub use serve::{HEADER_BYTES_MAX, HEADER_TIMEOUT, bind, serve};
@@ -61,6 +63,8 @@ pub struct HttpState {
     pub admin: mpsc::Sender<AdminCommand>,
     /// Who the operator is.
     pub token: Arc<AdminToken>,
+    /// Where tabs are led, if there is a listener for them.
+    pub p2p: Option<Arc<Tunnel>>,
 }
 
 /// Where a blob's bytes are.

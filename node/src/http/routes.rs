@@ -22,7 +22,7 @@ use tokio::sync::oneshot;
 
 use super::error::ApiError;
 use super::feed::StepLine;
-use super::{AdminAction, AdminCommand, HttpState, blobs, metrics};
+use super::{AdminAction, AdminCommand, HttpState, blobs, metrics, p2p};
 
 /// Most records, steps or evaluations in one answer.
 pub const PAGE_MAX: usize = 1000;
@@ -64,6 +64,7 @@ pub const ROUTES: &[Route] = &[
     route("GET", "/api/steps", "numbers of past steps: ?from=ORDINAL&limit=COUNT, at most 1000"),
     route("GET", "/api/evaluations", "past evaluations: ?from=ORDINAL&limit=COUNT, at most 1000"),
     route("GET", "/api/events", "what happens from now on, as server-sent events"),
+    route("GET", "/p2p", "the swarm, for tabs: a WebSocket connection to this host's libp2p"),
     route("GET", "/metrics", "OpenMetrics text for Prometheus"),
     route("POST", "/api/admin/pause", "hand out nothing new; needs the operator's token"),
     route("POST", "/api/admin/resume", "go on; needs the operator's token"),
@@ -90,6 +91,7 @@ pub fn router(state: HttpState) -> Router {
         .route("/api/evaluations", get(evaluations))
         .route("/api/events", get(events))
         .route("/metrics", get(metrics))
+        .route("/p2p", get(p2p::p2p))
         .route("/api/admin/{action}", post(admin))
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)

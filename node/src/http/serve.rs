@@ -7,7 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use hyper::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
@@ -77,14 +80,19 @@ pub async fn serve(
             continue;
         };
         debug_assert!(connections.len() <= CONNECTIONS_MAX);
-        let service = service.clone();
+        let (service, seat) = (service.clone(), Arc::new(seat));
         connections.spawn(async move {
-            let _seat = seat;
+            // A tunnel outlives its request, and keeps the seat.
+            let service = service_fn(move |mut request: Request<Incoming>| {
+                request.extensions_mut().insert(seat.clone());
+                service.call(request)
+            });
             let served = http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(HEADER_TIMEOUT)
                 .max_buf_size(HEADER_BYTES_MAX)
-                .serve_connection(TokioIo::new(stream), service);
+                .serve_connection(TokioIo::new(stream), service)
+                .with_upgrades();
             if let Err(error) = served.await {
                 tracing::debug!(%error, peer = %address, "an HTTP connection ended early");
             }

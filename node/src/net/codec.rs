@@ -1,4 +1,4 @@
-//! Requests and responses on a stream: a 4-byte length, then as many bytes.
+//! Requests and responses on a stream, as `core::swarm::transfer` frames them.
 //!
 //! Memory grows with the bytes that arrive, never with the length that a peer claims.
 
@@ -7,13 +7,14 @@ use std::io;
 use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use libp2p::StreamProtocol;
 use libp2p::request_response::Codec;
+use manyhands_core::swarm::transfer::{self, MESSAGE_HEADER_BYTES, message_header};
 use tokio::sync::oneshot;
 
 use super::limits::{REQUEST_BYTES_MAX, RESPONSE_BYTES_MAX};
 use super::traffic::{Counters, Kind};
 
 /// Name and version on the wire.
-pub(super) const REQUEST_PROTOCOL: StreamProtocol = StreamProtocol::new("/manyhands/request/1");
+pub(super) const REQUEST_PROTOCOL: StreamProtocol = StreamProtocol::new(transfer::REQUEST_PROTOCOL);
 
 /// A response that has arrived, or one that the program has yet to give.
 ///
@@ -96,13 +97,10 @@ async fn read_bytes<T>(io: &mut T, max: usize) -> io::Result<Vec<u8>>
 where
     T: AsyncRead + Unpin + Send,
 {
-    let mut length = [0; 4];
-    io.read_exact(&mut length).await?;
-    let length = u32::from_le_bytes(length) as usize;
-    if length > max {
-        let message = format!("a message of {length} bytes is over {max}");
-        return Err(io::Error::new(io::ErrorKind::InvalidData, message));
-    }
+    let mut header = [0; MESSAGE_HEADER_BYTES];
+    io.read_exact(&mut header).await?;
+    let length = transfer::message_length(header, max)
+        .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
     let mut bytes = Vec::new();
     io.take(length as u64).read_to_end(&mut bytes).await?;
     if bytes.len() < length {
@@ -115,8 +113,8 @@ async fn write_bytes<T>(io: &mut T, bytes: &[u8]) -> io::Result<()>
 where
     T: AsyncWrite + Unpin + Send,
 {
-    let length = u32::try_from(bytes.len()).map_err(io::Error::other)?;
-    io.write_all(&length.to_le_bytes()).await?;
+    let header = message_header(bytes.len()).ok_or(io::ErrorKind::InvalidInput)?;
+    io.write_all(&header).await?;
     io.write_all(bytes).await
 }
 

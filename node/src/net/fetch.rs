@@ -12,22 +12,22 @@ use anyhow::{Context, Result, ensure};
 use futures::future::join_all;
 use futures::{AsyncReadExt, AsyncWriteExt};
 use libp2p::Stream;
-use manyhands_core::swarm::chunks::{BLOB_BYTES_MAX, CHUNK_BYTES, ChunkList};
+use manyhands_core::swarm::chunks::ChunkList;
 use manyhands_core::swarm::ids::{Hash, PeerKey};
+use manyhands_core::swarm::transfer::{
+    CHUNKS_AHEAD_MAX, FOUND, LIST_HEADER_BYTES, blob_header, read_list, read_list_header,
+};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout_at;
 
 use super::Net;
 use super::limits::Pace;
-use super::serve::{FOUND, HEADER_BYTES};
 use super::streams::BLOB_PROTOCOL;
 use super::traffic::Kind;
 use crate::blobs::{BlobStore, Partial};
 
 /// Sources that are asked; more would not be faster.
 const SOURCES_MAX: usize = 16;
-/// Chunks that one source is asked for ahead of what has arrived.
-const AHEAD_MAX: usize = 4;
 
 /// Why a source is not asked again.
 enum Fault {
@@ -130,29 +130,21 @@ impl Faults {
 async fn find(net: &Net, source: PeerKey, hash: &Hash) -> Result<(ChunkList, Stream), Fault> {
     let mut stream = open(net, source, hash, true).await?;
     let start = Pace::start(&net.limits);
-    let mut length = [0; 8];
-    timeout_at(start.deadline(0), stream.read_exact(&mut length)).await??;
-    let length = u64::from_le_bytes(length);
-    if length > BLOB_BYTES_MAX {
-        return Err(Fault::There(anyhow::anyhow!("it claims {length} bytes")));
-    }
-    let count = length.div_ceil(CHUNK_BYTES as u64).max(1);
+    let mut header = [0; LIST_HEADER_BYTES];
+    timeout_at(start.deadline(0), stream.read_exact(&mut header)).await??;
+    let (bytes, length) = read_list_header(header).map_err(|e| Fault::There(e.into()))?;
     let mut values = Vec::new();
-    let mut list = (&mut stream).take(count * 32);
-    timeout_at(start.deadline(count * 32), list.read_to_end(&mut values)).await??;
-    let values = values.chunks_exact(32).filter_map(|v| v.try_into().ok()).collect();
-    let list = ChunkList { length, values };
-    if !list.verify(hash) {
-        return Err(Fault::There(anyhow::anyhow!("it sent a wrong chunk list")));
-    }
-    Ok((list, stream))
+    let mut list = (&mut stream).take(bytes);
+    timeout_at(start.deadline(bytes), list.read_to_end(&mut values)).await??;
+    let list = read_list(hash, length, &values);
+    let wrong = || Fault::There(anyhow::anyhow!("it sent a wrong chunk list"));
+    Ok((list.ok_or_else(wrong)?, stream))
 }
 
 /// Opens a stream to a source that has the blob.
 async fn open(net: &Net, source: PeerKey, hash: &Hash, list: bool) -> Result<Stream, Fault> {
     let mut stream = net.open_stream(source, BLOB_PROTOCOL).await.map_err(Fault::There)?;
-    let mut header = [u8::from(list); HEADER_BYTES];
-    header[..32].copy_from_slice(&hash.0);
+    let header = blob_header(hash, list);
     let deadline = Pace::start(&net.limits).deadline(0);
     let mut status = [0];
     let ask = async {
@@ -204,7 +196,7 @@ impl Work<'_> {
         let mut written = 0;
         let mut keeping: Option<JoinHandle<Result<bool>>> = None;
         loop {
-            while asked.len() < AHEAD_MAX
+            while asked.len() < CHUNKS_AHEAD_MAX
                 && let Some(next) = self.next()
             {
                 asked.push_back(next);

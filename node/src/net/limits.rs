@@ -5,12 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use manyhands_core::swarm::ids::PeerKey;
+pub use manyhands_core::swarm::protocol::{REQUEST_BYTES_MAX, RESPONSE_BYTES_MAX};
 use tokio::time::Instant;
 
-/// Largest request.
-pub const REQUEST_BYTES_MAX: usize = 64 << 10;
-/// Largest response.
-pub const RESPONSE_BYTES_MAX: usize = 8 << 20;
 /// A request without a response fails after this; long polls last up to 30 s.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// Requests in flight on one connection, both ways together.

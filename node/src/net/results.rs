@@ -1,7 +1,7 @@
 //! Uploads of results: only what is expected, no faster than memory allows, no slower than useful.
 //!
-//! A stream carries the unit's hash, a length and the bytes; one byte comes back. The receiver
-//! hashes while bytes arrive, and hands over only what has the hash of the receipt.
+//! What a stream carries is in `core::swarm::transfer`. The receiver hashes while bytes arrive, and
+//! hands over only what has the hash of the receipt.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -11,6 +11,9 @@ use anyhow::{Result, bail, ensure};
 use futures::{AsyncReadExt, AsyncWriteExt};
 use libp2p::Stream;
 use manyhands_core::swarm::ids::{Hash, PeerKey};
+use manyhands_core::swarm::transfer::{
+    Ack, PIECE_BYTES, RESULT_HEADER_BYTES, read_result_header, result_header,
+};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{timeout, timeout_at};
 
@@ -20,10 +23,6 @@ use super::limits::{
 };
 use super::traffic::{Counters, Kind};
 
-/// Unit, then length.
-const HEADER_BYTES: usize = 40;
-/// Read and hashed, or written, at a time.
-const PIECE_BYTES: usize = 256 << 10;
 /// The unit in which memory is set aside.
 const PERMIT_BYTES: u64 = 1024;
 
@@ -36,17 +35,6 @@ pub enum ResultFault {
     TooSlow,
     /// The connection or stream ended first. The peer may try again.
     Broken,
-}
-
-/// The byte that answers an upload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-enum Ack {
-    Taken = 0,
-    Unexpected = 1,
-    Busy = 2,
-    Differs = 3,
-    TooSlow = 4,
 }
 
 #[derive(Debug)]
@@ -156,11 +144,9 @@ impl Receiver {
     }
 
     async fn receive(&self, peer: PeerKey, mut stream: Stream) -> io::Result<()> {
-        let mut header = [0; HEADER_BYTES];
+        let mut header = [0; RESULT_HEADER_BYTES];
         timeout(self.limits.grace, stream.read_exact(&mut header)).await??;
-        let (unit, length) = header.split_at(32);
-        let unit = Hash(unit.try_into().map_err(io::Error::other)?);
-        let length = u64::from_le_bytes(length.try_into().map_err(io::Error::other)?);
+        let (unit, length) = read_result_header(&header);
         let Some(receipt) = self.expected.begin(peer, unit, length) else {
             return self.acknowledge(stream, Ack::Unexpected).await;
         };
@@ -241,7 +227,7 @@ pub(super) async fn send(
     let upload = async {
         let pace = Pace::start(limits);
         let length = bytes.len() as u64;
-        let header = [&unit.0[..], &length.to_le_bytes()].concat();
+        let header = result_header(&unit, length);
         timeout_at(pace.deadline(0), write.write_all(&header)).await??;
         for (i, piece) in bytes.chunks(PIECE_BYTES).enumerate() {
             let deadline = pace.deadline(((i + 1) * PIECE_BYTES) as u64);
@@ -262,14 +248,7 @@ pub(super) async fn send(
         },
     };
     answered?;
-    match ack[0] {
-        a if a == Ack::Taken as u8 => Ok(()),
-        a if a == Ack::Unexpected as u8 => bail!("the peer does not expect it"),
-        a if a == Ack::Busy as u8 => bail!("the peer is busy; try again later"),
-        a if a == Ack::Differs as u8 => bail!("the bytes differ from the receipt"),
-        a if a == Ack::TooSlow as u8 => bail!("the upload is too slow"),
-        a => bail!("the peer answers {a}, which means nothing here"),
-    }
+    Ok(Ack::read(ack[0])?)
 }
 
 #[cfg(test)]

@@ -1,8 +1,6 @@
 //! Serves blobs: first the chunk list if wanted, then any chunk that is asked for.
 //!
-//! A stream begins with the blob's hash and a byte that says whether the list is wanted. The answer
-//! is one byte, 1 where the blob is here, then the list: length and values. From then on each
-//! 4-byte index is answered by the chunk, in order. An end of the stream is a refusal.
+//! What a stream carries is in `core::swarm::transfer`.
 
 use std::io;
 use std::sync::Arc;
@@ -11,6 +9,7 @@ use futures::{AsyncReadExt, AsyncWriteExt};
 use libp2p::Stream;
 use manyhands_core::swarm::chunks::ChunkList;
 use manyhands_core::swarm::ids::{Hash, PeerKey};
+use manyhands_core::swarm::transfer::{self, BLOB_HEADER_BYTES, FOUND, LACKING, read_blob_header};
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 use tokio::time::{timeout, timeout_at};
@@ -18,13 +17,6 @@ use tokio::time::{timeout, timeout_at};
 use super::limits::{Limits, Pace, SERVES_A_PEER_MAX, SERVING_CHUNKS_MAX, Slots};
 use super::traffic::{Counters, Kind};
 use crate::blobs::BlobStore;
-
-/// Hash, then whether the list is wanted.
-pub(super) const HEADER_BYTES: usize = 33;
-/// The blob is here.
-pub(super) const FOUND: u8 = 1;
-/// The blob is not here.
-const LACKING: u8 = 0;
 
 /// Serves blobs of one store, each stream in a task of its own.
 #[derive(Clone)]
@@ -58,18 +50,16 @@ impl Server {
     }
 
     async fn serve(&self, mut stream: Stream) -> io::Result<()> {
-        let mut header = [0; HEADER_BYTES];
+        let mut header = [0; BLOB_HEADER_BYTES];
         timeout(self.limits.grace, stream.read_exact(&mut header)).await??;
-        let (hash, wants_list) = header.split_at(HEADER_BYTES - 1);
-        let hash = Hash(hash.try_into().map_err(io::Error::other)?);
+        let (hash, wants_list) = read_blob_header(&header);
         let Some(list) = self.list(hash).await? else {
             timeout(self.limits.grace, stream.write_all(&[LACKING])).await??;
             return stream.close().await;
         };
         let mut answer = vec![FOUND];
-        if wants_list != [0] {
-            answer.extend_from_slice(&list.length.to_le_bytes());
-            list.values.iter().for_each(|v| answer.extend_from_slice(v));
+        if wants_list {
+            answer.extend(transfer::list(&list));
         }
         self.write(&mut stream, &answer).await?;
         let mut index = [0; 4];

@@ -22,14 +22,15 @@ use libp2p::swarm::{
     StreamUpgradeError, SubstreamProtocol, ToSwarm,
 };
 use libp2p::{PeerId, Stream, StreamProtocol};
+use manyhands_core::swarm::transfer;
 use tokio::sync::oneshot;
 
 use super::limits::STREAMS_WAITING_MAX;
 
 /// Uploads of results.
-pub(super) const RESULT_PROTOCOL: StreamProtocol = StreamProtocol::new("/manyhands/result/1");
+pub(super) const RESULT_PROTOCOL: StreamProtocol = StreamProtocol::new(transfer::RESULT_PROTOCOL);
 /// Chunks of blobs.
-pub(super) const BLOB_PROTOCOL: StreamProtocol = StreamProtocol::new("/manyhands/blob/1");
+pub(super) const BLOB_PROTOCOL: StreamProtocol = StreamProtocol::new(transfer::BLOB_PROTOCOL);
 
 /// A stream that a peer opened.
 #[derive(Debug)]

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
 mod limits;
+mod p2p;
 mod support;
 
 use std::collections::BTreeMap;
@@ -33,8 +34,11 @@ async fn routes_that_are_listed_all_answer() {
         let request =
             Request::builder().method(route.method).uri(&path).body(Body::empty()).unwrap();
         let response = peer.send(request).await;
-        let expected =
-            if path.starts_with("/api/admin") { StatusCode::UNAUTHORIZED } else { StatusCode::OK };
+        let expected = match path.as_str() {
+            "/p2p" => StatusCode::UPGRADE_REQUIRED,
+            p if p.starts_with("/api/admin") => StatusCode::UNAUTHORIZED,
+            _ => StatusCode::OK,
+        };
         assert_eq!(response.status(), expected, "{path}");
         let headers = response.headers();
         assert!(headers["content-security-policy"].to_str().unwrap().contains("'self'"), "{path}");

@@ -69,6 +69,7 @@ pub(crate) fn peer() -> Peer {
         }),
         admin,
         token: Arc::new(AdminToken::open(dir.path()).unwrap()),
+        p2p: None,
     };
     Peer { state, commands, status, dir }
 }
