@@ -7,19 +7,20 @@ SHELL := /bin/bash
 
 MANYHANDS := target/release/manyhands
 
-.PHONY: help build demo test lint unit wasm aarch64 tint bench clean
+.PHONY: help build demo test lint unit tab wasm browser aarch64 tint bench clean
 
 help:
 	@echo "make demo   a swarm on this machine trains a tiny model (some minutes after the build)"
-	@echo "make test   every check and test: lints, engines, software Vulkan, wasm, aarch64, Tint"
+	@echo "make test   every check and test: lints, engines, software Vulkan, wasm, browser, aarch64, Tint"
 	@echo "make bench  measure speed and memory"
 
-build:
+# The tab comes first: the program embeds it.
+build: tab
 	@.ci/packages cc
 	cargo build --release --locked -p manyhands
 
 # With volunteers that can lie, which a release cannot.
-demo:
+demo: tab
 	@.ci/packages cc
 	cargo build --release --locked -p manyhands --features attacks
 	$(MANYHANDS) demo
@@ -27,7 +28,7 @@ demo:
 bench: build
 	$(MANYHANDS) bench
 
-test: lint unit wasm aarch64 tint
+test: tab lint unit wasm browser aarch64 tint
 
 lint:
 	@.ci/packages cc
@@ -41,10 +42,20 @@ unit:
 	@.ci/packages cc vulkan
 	GPU_REQUIRED=1 cargo test --locked --workspace --all-features
 
-wasm:
-	@.ci/packages cc node
+tab:
+	@.ci/packages cc
 	.ci/wasm build
-	node web/conformance.mjs target/wasm32-unknown-unknown/release/manyhands_web.wasm
+
+wasm: tab
+	@.ci/packages node
+	node web/conformance.mjs target/web
+
+# A tab, a native volunteer and a host in a real browser; a software adapter stands in for a GPU.
+browser: tab
+	@.ci/packages cc node browser
+	cd tests/browser && npm ci --silent --no-audit --no-fund --ignore-scripts
+	cargo build --locked -p manyhands
+	node --test --test-concurrency=1 tests/browser/
 
 # The same digest on another processor, under emulation.
 aarch64:

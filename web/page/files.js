@@ -30,9 +30,12 @@ export class Files {
         files.#clock = Math.max(files.#clock, used);
         files.#files.set(name, { bytes: (await handle.getFile()).size, used });
       }
-    } catch {
+    } catch (error) {
       files.#directory = null;
-      say("this browser keeps no files for this page (it takes https, or a window that is not private); weights are fetched again next time");
+      const why = navigator.storage
+        ? `this browser's storage takes no more (${error.message})`
+        : "a page over plain http keeps no files";
+      say(`${why}; going on from memory`);
     }
     return files;
   }

@@ -163,13 +163,30 @@ export class Kept {
       this.#memory.values.set("totals", totals);
       return;
     }
-    const transaction = this.#database.transaction(["receipts", "values"], "readwrite");
-    const ended = done(transaction);
-    await inDatabase(transaction.objectStore("receipts"));
-    const values = transaction.objectStore("values");
-    const totals = { accepted: 0, computed: 0, multiply_adds: 0, ...(await answer(values.get("totals"))) };
-    add(totals);
-    values.put(totals, "totals");
-    await ended.catch(() => {});
+    try {
+      const transaction = this.#database.transaction(["receipts", "values"], "readwrite");
+      const ended = done(transaction);
+      ended.catch(() => {});
+      await inDatabase(transaction.objectStore("receipts"));
+      const values = transaction.objectStore("values");
+      const totals = { accepted: 0, computed: 0, multiply_adds: 0, ...(await answer(values.get("totals"))) };
+      add(totals);
+      values.put(totals, "totals");
+      await ended;
+    } catch {
+      // The disk is full. What is there can still be read.
+      await this.#goOnFromMemory();
+      await this.#change(add, inDatabase, inMemory);
+    }
+  }
+
+  async #goOnFromMemory() {
+    if (!this.#database) return;
+    const [receipts, settings, totals, seed] = await Promise.all([
+      this.receipts(), this.get("settings"), this.totals(), this.get("seed"),
+    ]);
+    this.#memory.receipts = receipts.reverse();
+    this.#memory.values = new Map(Object.entries({ settings, totals, seed }));
+    this.#database = null;
   }
 }

@@ -35,7 +35,9 @@ const outside = {
   compute: (engine, part, unit) => ports[engine].postMessage({ compute: part, unit }, [unit.buffer]),
   broken: (engine, why) => postMessage({ broken_engine: `an engine answered nonsense: ${why}` }),
   keep: async (receipt) => {
+    const lasted = kept.lasts;
     await kept.keepReceipt(JSON.parse(receipt));
+    if (lasted && !kept.lasts) say("this browser's storage is full; receipts last as long as the page");
     totals = await kept.totals();
   },
   accepted: async (unit, sequence) => {

@@ -1,0 +1,180 @@
+// What browser tests need: a host, volunteers, a browser, and a way to wait.
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { existsSync, mkdtempSync, readFileSync, rmSync, statSync, openSync } from "node:fs";
+import { createServer } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
+import { fileURLToPath } from "node:url";
+
+import { chromium } from "playwright-core";
+
+import { servePage } from "./page.mjs";
+
+/** The digest of the arithmetic, as the sources publish it. */
+const DIGEST = /DIGEST: &str = "(\w+)"/.exec(
+  readFileSync(new URL("../../core/src/conformance/suite.rs", import.meta.url), "utf8"),
+)[1];
+
+export const ROOT = fileURLToPath(new URL("../..", import.meta.url));
+// Nothing here takes so long on two busy cores.
+export const PATIENCE_MS = 240_000;
+const LOOK_MS = 100;
+
+/** The program: what MANYHANDS names, or the newest that was built. */
+function program() {
+  if (process.env.MANYHANDS) return process.env.MANYHANDS;
+  const built = ["debug", "release"].map((p) => join(ROOT, "target", p, "manyhands")).filter(existsSync);
+  if (built.length === 0) throw new Error("build the program first: cargo build -p manyhands");
+  return built.sort((a, b) => statSync(b).mtimeMs - statSync(a).mtimeMs)[0];
+}
+
+/** A directory that goes with the test. */
+export function directory(test) {
+  const dir = mkdtempSync(join(tmpdir(), "manyhands-browser-"));
+  test.after(() => rmSync(dir, { recursive: true, force: true }));
+  return dir;
+}
+
+/** Waits until `look` gives something. */
+export async function until(what, look, patience_ms = PATIENCE_MS) {
+  const started = Date.now();
+  for (;;) {
+    const found = await look();
+    if (found) return found;
+    if (Date.now() - started > patience_ms) throw new Error(`waited in vain: ${what}`);
+    await sleep(LOOK_MS);
+  }
+}
+
+/** A free port. */
+export async function free() {
+  const server = createServer().listen(0, "127.0.0.1");
+  await once(server, "listening");
+  const { port } = server.address();
+  server.close();
+  await once(server, "close");
+  return port;
+}
+
+function start(args, log) {
+  const out = log ? openSync(log, "a") : "ignore";
+  const child = spawn(program(), args, { stdio: ["ignore", out, out] });
+  const ended = once(child, "exit");
+  const stop = async (signal = "SIGKILL") => {
+    if (child.exitCode === null && child.signalCode === null) child.kill(signal);
+    await ended;
+  };
+  process.once("exit", () => child.kill("SIGKILL"));
+  return { pid: child.pid, stop, ended };
+}
+
+/** Runs the program to its end, and returns what it printed. */
+export async function run(args) {
+  const child = spawn(program(), args, { stdio: ["ignore", "pipe", "pipe"] });
+  const read = async (stream) => {
+    let text = "";
+    for await (const piece of stream) text += piece;
+    return text;
+  };
+  const [out, err, [code]] = await Promise.all([read(child.stdout), read(child.stderr), once(child, "exit")]);
+  return { code, out, err };
+}
+
+/** The weights that one machine by itself comes to, trained in that directory. */
+export async function trainAlone(runFile, dir) {
+  const { out, err } = await run(["train", runFile, "--engine", "cpu", "--dir", dir]);
+  const line = out.split("\n").find((line) => line.startsWith("weights "));
+  if (!line) throw new Error(`the run did not end:\n${err}`);
+  return line.slice("weights ".length).trim();
+}
+
+/** A coordination peer on a port of its own, which it keeps when it is started again. */
+export async function startHost({ runFile, dir, args = [] }) {
+  rmSync(join(dir, "url"), { force: true });
+  const http = args.includes("--http") ? [] : ["--http", "127.0.0.1:0"];
+  const log = `${dir}.log`;
+  const host = start(["host", runFile, "--dir", dir, "--listen", "127.0.0.1", ...http, ...args], log);
+  const url = await until(`the host is up; it says ${log}`, () => {
+    return existsSync(join(dir, "url")) && readFileSync(join(dir, "url"), "utf8");
+  });
+  // WebGPU takes a secure context, which 127.0.0.1 is too.
+  return { ...host, url, dir, log };
+}
+
+/** A native volunteer. */
+export function startVolunteer({ url, dir, args = [] }) {
+  return start(["join", url, "--dir", dir, "--threads", "1", "--engine", "cpu", ...args], `${dir}.log`);
+}
+
+/** A headless Chromium, with WebGPU on a software adapter or without. */
+export function startBrowser({ webgpu }) {
+  const flags = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking"];
+  flags.push("--disable-component-update", "--disable-sync");
+  flags.push(webgpu ? "--enable-unsafe-webgpu" : "--disable-features=WebGPU,WebGPUService");
+  const executablePath = process.env.CHROMIUM ?? "/usr/bin/chromium";
+  return chromium.launch({ executablePath, args: flags });
+}
+
+/** All records of a host's ledger. */
+export async function ledger(url) {
+  const records = [];
+  for (;;) {
+    const page = await (await fetch(`${url}/api/ledger?from=${records.length}&limit=1000`)).json();
+    if (page.length === 0) return records;
+    records.push(...page);
+  }
+}
+
+/** The weights at the end, once the run is complete. */
+export async function finalWeights(url, patience_ms = PATIENCE_MS) {
+  return until("the run is complete", async () => {
+    const closed = (await ledger(url)).find(({ entry }) => entry.Closed);
+    return closed?.entry.Closed.weights;
+  }, patience_ms);
+}
+
+/** A page of the host with a `Tab` in it. */
+export async function openTab(browser, url, context) {
+  context ??= await browser.newContext();
+  const served = await servePage(url);
+  const page = await context.newPage();
+  page.on("console", (message) => process.env.VERBOSE && console.log(message.text()));
+  page.on("pageerror", (error) => console.log(error.message));
+  const load = async () => {
+    await page.goto(served.url);
+    await page.evaluate(async () => {
+      const { Tab } = await import("/tab.js");
+      window.tab = new Tab();
+    });
+  };
+  await load();
+  const call = (action, argument) => page.evaluate(`(${action})(window.tab, ${JSON.stringify(argument)})`);
+  const state = () => call((tab) => tab.state);
+  const tab = {
+    page,
+    context,
+    call,
+    state,
+    start: (settings) => call((tab, settings) => tab.start(settings), settings),
+    reload: load,
+    close: async () => {
+      await context.close();
+      served.close();
+    },
+    published: DIGEST,
+    /** Waits for a state. */
+    until: async (what, holds, patience_ms) => {
+      let last;
+      try {
+        return await until(what, async () => holds((last = await state())) && last, patience_ms);
+      } catch (error) {
+        throw new Error(`${error.message}; the tab is ${JSON.stringify(last, null, 1)}`);
+      }
+    },
+    /** Waits for something to be said. */
+    hears: (text) => tab.until(`it says ${text}`, ({ events }) => events.some((e) => e.text.includes(text))),
+  };
+  return tab;
+}
