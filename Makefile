@@ -41,7 +41,7 @@ lint:
 # A software Vulkan adapter stands in for a GPU, and its absence is an error.
 unit:
 	@.ci/packages cc vulkan
-	GPU_REQUIRED=1 cargo test --locked --workspace --all-features
+	GPU_REQUIRED=1 cargo test --locked --workspace --exclude manyhands-glue --all-features
 
 # Mutates the bytes of every message and file that comes from outside; FUZZ_SECONDS=3600 for a long run.
 FUZZ_SECONDS := 60
@@ -60,7 +60,7 @@ wasm: tab
 browser: tab
 	@.ci/packages cc node browser proxy
 	cd tests/browser && npm ci --silent --no-audit --no-fund --ignore-scripts
-	cargo build --locked -p manyhands
+	cargo build --locked --workspace --exclude manyhands-glue --all-features --bin manyhands
 	node --test --test-concurrency=1 tests/browser/
 
 # The same digest on another processor, under emulation.
