@@ -185,8 +185,7 @@ mod tests {
 
     fn works() -> Vec<Work> {
         let tokens = |i: u32| (0..9 + i).map(|t| (t * 7 + i) % 100 + 3).collect::<Vec<u32>>();
-        let requests =
-            (0..5).map(|i| Request { prompt: tokens(i), stream: u64::from(i) }).collect();
+        let requests = (0..5).map(|i| Request { prompt: tokens(i), stream: [i, 0, 0] }).collect();
         let seeds = |n: usize| vec![Seed { weight: 65_536, ..Seed::default() }; n];
         let sequences = (0..5).map(|i| {
             let tokens = tokens(i);

@@ -7,9 +7,10 @@ const RUN: &str = r#"{"name": "x", "model": {"preset": "nano"},
     "task": [{"family": "count_bits", "level": 1}],
     "sft": {"steps": 1, "batch": 1, "optimizer": {"learning_rate": 1e-3}}}"#;
 
-/// A volunteer, and the last question that it asked.
+/// A volunteer, and the question that it waits with.
 struct Table {
     volunteer: Volunteer,
+    asked: Option<Request>,
     effects: Vec<Effect>,
     now_ms: u64,
 }
@@ -20,7 +21,7 @@ impl Table {
         let (agent, engine) = ("agent".into(), "engine".into());
         let secret = Secret::from_seed(&[1; 32]);
         let volunteer = Volunteer::new(secret, agent, engine, 1e9, vec![peer]);
-        let mut table = Self { volunteer, effects: Vec::new(), now_ms: 0 };
+        let mut table = Self { volunteer, asked: None, effects: Vec::new(), now_ms: 0 };
         table.tell(Event::Tick);
         table.tell(Event::Connected);
         let welcome = Welcome {
@@ -37,15 +38,21 @@ impl Table {
     fn tell(&mut self, event: Event) {
         self.now_ms += 1_000;
         self.effects = self.volunteer.handle(self.now_ms, event);
+        for effect in &self.effects {
+            if let Effect::Ask(request) = effect {
+                assert_eq!(self.asked, None, "one question at a time");
+                self.asked = Some(request.clone());
+            }
+        }
     }
 
     fn answer(&mut self, response: Response) {
+        self.asked = None;
         self.tell(Event::Answer(Some(response)));
     }
 
     fn question(&self) -> Option<&Request> {
-        let mut asked = self.effects.iter();
-        asked.find_map(|e| if let Effect::Ask(request) = e { Some(request) } else { None })
+        self.asked.as_ref()
     }
 
     fn computes(&self) -> Option<Hash> {
@@ -56,7 +63,7 @@ impl Table {
     /// Gives it a unit with this seed, which it asked for.
     fn give(&mut self, seed: u64) -> Hash {
         assert_eq!(self.question(), Some(&Request::Take));
-        let requests = vec![Prompt { prompt: vec![3], stream: 0 }];
+        let requests = vec![Prompt { prompt: vec![3], stream: [0; 3] }];
         let work =
             Work::Sample { seed, temperature_scale: None, max_new_tokens: 1, end: 2, requests };
         let unit = Unit { weights: Hash([9; 32]), work }.encode();
@@ -111,7 +118,6 @@ fn pause_gives_back_what_was_not_begun_and_finishes_the_rest() {
 fn unit_that_comes_after_the_pause_is_given_back() {
     let mut table = Table::new();
     table.tell(Event::Pause(true));
-    table.effects = vec![Effect::Ask(Request::Take)];
     let unit = table.give(1);
     assert_eq!(table.question(), Some(&Request::Release { units: vec![unit] }));
 }
