@@ -1,7 +1,7 @@
 //! What a coordination peer keeps: ledger and blobs in one database, versions as files that are
 //! served, checkpoints.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -98,9 +98,9 @@ impl Keep {
     /// kept. Steps before the one that is returned have none any more, if any went.
     pub(super) fn prune(&self, final_ordinal: u64) -> Result<Option<u64>> {
         let ordinal = final_ordinal.min(self.run_dir.oldest()?.unwrap_or(0));
-        let (mut forgotten, mut next) = self.pruned()?;
-        let mut dropped = Vec::new();
-        for bytes in self.storage.records(next, PRUNED_RECORDS_MAX)? {
+        let (mut forgotten, from) = self.pruned()?;
+        let (mut dropped, mut next) = (BTreeSet::new(), from);
+        for bytes in self.storage.records(from, PRUNED_RECORDS_MAX)? {
             let record = chain::decode(&bytes)?;
             if let Entry::Unit(unit) = record.entry {
                 if unit.path.ordinal >= ordinal {
@@ -111,15 +111,33 @@ impl Keep {
             }
             next = record.sequence + 1;
         }
-        if dropped.is_empty() {
+        if next == from {
             return Ok(None);
         }
+        self.keep_named(next, &mut dropped)?;
+        let dropped: Vec<Hash> = dropped.into_iter().collect();
         let mark = serde_json::to_vec(&(forgotten, next))?;
         self.storage.remove_blobs(&dropped, FORGOTTEN, &mark)?;
         for hash in &dropped {
             self.served.remove(hash)?;
         }
         Ok(Some(forgotten))
+    }
+
+    /// Takes out what records from `from` on name: units of different steps may have one result.
+    fn keep_named(&self, mut from: u64, dropped: &mut BTreeSet<Hash>) -> Result<()> {
+        loop {
+            let page = self.storage.records(from, RECORDS_READ_MAX)?;
+            if page.is_empty() {
+                return Ok(());
+            }
+            from += page.len() as u64;
+            for bytes in page {
+                for hash in chain::decode(&bytes)?.entry.blobs() {
+                    dropped.remove(&hash);
+                }
+            }
+        }
     }
 
     /// All records, page by page.
@@ -201,4 +219,56 @@ impl Blobs for Keep {
 /// A blob, wherever it is.
 pub(super) fn find(storage: &Storage, served: &BlobStore, hash: &Hash) -> Option<Vec<u8>> {
     storage.blob(hash).ok().flatten().or_else(|| served.get(hash))
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+
+    use manyhands_core::checkpoint::LAYOUT;
+    use manyhands_core::run::job::{JobPath, Stage};
+    use manyhands_core::swarm::chain::Writer;
+    use manyhands_core::swarm::ids::{Secret, Signature};
+    use manyhands_core::swarm::ledger::UnitEntry;
+
+    use super::*;
+
+    #[test]
+    fn result_that_a_later_unit_shares_stays_until_that_one_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let storage = Arc::new(Storage::open(dir.path()).unwrap());
+        let served = Arc::new(BlobStore::open(&dir.path().join("blobs"), u64::MAX).unwrap());
+        let mut keep = Keep::open(dir.path(), storage, served).unwrap();
+        let secret = Secret::from_seed(&[1; 32]);
+        let (volunteer, mut chain) = (secret.key(), Writer::new(secret));
+        // Steps 0 and 1 have one result, and each another.
+        let results: [&[u8]; 4] = [b"both", b"first", b"both", b"second"];
+        for (i, result) in results.into_iter().enumerate() {
+            let unit = vec![i as u8];
+            let entry = Entry::Unit(UnitEntry {
+                path: JobPath { ordinal: i as u64 / 2, stage: Stage::Evaluate },
+                first: 0,
+                count: 1,
+                unit: Hash::of(&unit),
+                receipt: Hash::of(result),
+                result_bytes: result.len() as u64,
+                volunteer,
+                signature: Signature([0; 64]),
+                multiply_adds: 1,
+            });
+            let blobs = [unit, result.to_vec()].map(|bytes| (Hash::of(&bytes), bytes));
+            keep.persist(blobs.to_vec(), vec![chain.append(0, entry).1]).unwrap();
+        }
+        let (format, weights, files) = (String::new(), String::new(), BTreeMap::new());
+        let manifest = Manifest { layout: LAYOUT, format, step: 9, weights, files };
+        keep.snapshot(9, &manifest, &BTreeMap::new(), 1).unwrap();
+
+        let left = |keep: &Keep| results.map(|result| keep.get(&Hash::of(result)).is_some());
+        assert_eq!(left(&keep), [true; 4]);
+        assert_eq!(keep.prune(1).unwrap(), Some(1));
+        assert_eq!(left(&keep), [true, false, true, true]);
+        assert_eq!(keep.prune(2).unwrap(), Some(2));
+        assert_eq!(left(&keep), [false; 4]);
+        assert_eq!((keep.prune(2).unwrap(), keep.forgotten().unwrap()), (None, 2));
+    }
 }
