@@ -121,13 +121,19 @@ impl World<'_> {
     }
 
     pub(super) fn audited(&mut self, id: TaskId, by: Option<usize>) {
-        let Some(audit) = self.end_audit(id) else { return };
+        let Some(mut audit) = self.end_audit(id) else { return };
         self.figures.audited += audit.cost as f64;
         let drawn = self.random() < self.scale.policy.audit_the_auditors;
         let has_time = self.scheduler.own_audits_waiting() < OWN_CHECKS_MAX;
         if by.is_some() && (audit.is_false || drawn && has_time) {
             let (of, kind) = (key(audit.of), Kind::Forward);
             let urgency = if audit.is_false { Urgency::Redo } else { Urgency::Spot };
+            if audit.is_false {
+                self.scheduler.accuse(of);
+                if let Some(task) = audit.holds.take() {
+                    self.scheduler.reopen(task);
+                }
+            }
             let id = self.scheduler.request_own_audit(of, kind, audit.cost, urgency);
             self.volunteers[audit.of].audits.push(id);
             self.audits.insert(id, audit);
@@ -143,6 +149,7 @@ impl World<'_> {
             return;
         }
         self.figures.wasted += audit.cost as f64;
+        self.scheduler.acquit(key(audit.of));
         if let Some(task) = audit.holds {
             self.scheduler.reopen(task);
         }

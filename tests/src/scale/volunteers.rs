@@ -130,8 +130,10 @@ impl World<'_> {
         self.message(who, self.sizes.take);
         if !self.give(who) {
             let v = &self.volunteers[who];
-            // Who has something else to do goes on with it.
-            if v.computing || !v.queue.is_empty() {
+            let known = self.scheduler.volunteers().get(&key(who));
+            // Who has something else to do goes on with it; who is barred comes again.
+            let is_barred = known.is_none_or(|k| !k.may_work(self.now_ms));
+            if v.computing || !v.queue.is_empty() || is_barred {
                 return self.answer(who, None);
             }
             let which = usize::from(!self.scheduler.is_trusted(&key(who)));

@@ -275,6 +275,9 @@ struct Audit {
     given: Option<Hash>,
     /// An auditor that found another receipt, or is itself being checked.
     auditor: Option<(PeerKey, Hash)>,
+    /// The result that waited for this audit until an auditor disputed it. It enters yet if it was
+    /// right and nobody else has computed the unit.
+    disputed: Option<Held>,
 }
 
 /// See the module.
@@ -289,8 +292,8 @@ pub struct Coordinator {
     token: String,
     scheduler: Scheduler,
     sessions: BTreeMap<PeerKey, Session>,
-    /// Who waits for work, and until when.
-    waiting: VecDeque<(u64, PeerKey)>,
+    /// Who waits for work, and until when: those who may not audit, and those who may.
+    waiting: [VecDeque<(u64, PeerKey)>; 2],
     /// By hash of the bytes, and task: items that are alike make units that are.
     units: BTreeMap<(Hash, TaskId), InFlight>,
     audits: BTreeMap<TaskId, Audit>,

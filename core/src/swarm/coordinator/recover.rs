@@ -1,6 +1,6 @@
 //! Starting a run, and going on with one from its ledger and blobs.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Accepted, Blobs, Coordinator, Effect, Files, show};
 use crate::conformance::suite::DIGEST;
@@ -82,7 +82,7 @@ impl Coordinator {
             token: start.token,
             scheduler: Scheduler::new(swarm, first_id),
             sessions: BTreeMap::new(),
-            waiting: VecDeque::new(),
+            waiting: Default::default(),
             units: BTreeMap::new(),
             audits: BTreeMap::new(),
             executing: None,

@@ -1,6 +1,6 @@
 //! Answering volunteers.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::{
@@ -10,12 +10,15 @@ use crate::conformance::suite::DIGEST;
 use crate::swarm::ids::{Hash, PeerKey};
 use crate::swarm::ledger::{Entry, Offence, receipt_message};
 use crate::swarm::protocol::{Idle, PROTOCOL, PeerAddress, Refusal, Request, Response, Welcome};
-use crate::swarm::scheduler::{Assignment, TaskId};
+use crate::swarm::scheduler::{Assignment, SEARCH_MAX, TaskId};
 use crate::swarm::status::StatusEvent;
 use crate::swarm::unit::{Unit, decode_output, result_bytes_max};
 
 /// Longest wait for work within one question.
 const HOLD_MS: u64 = 5_000;
+/// Queues of those who wait: who may not audit, and who may.
+const UNTRUSTED: usize = 0;
+const TRUSTED: usize = 1;
 
 impl Coordinator {
     pub(super) fn request(
@@ -181,8 +184,10 @@ impl Coordinator {
         }
     }
 
+    /// Whether work that comes up could be given to `peer` at once.
     fn is_free(&self, peer: PeerKey) -> bool {
-        self.scheduler.volunteers().get(&peer).is_some_and(|v| v.lease_count() == 0)
+        let volunteer = self.scheduler.volunteers().get(&peer);
+        volunteer.is_some_and(|v| v.may_work(self.now_ms) && v.lease_count() == 0)
     }
 
     /// Keeps a question for work until there is some.
@@ -195,25 +200,36 @@ impl Coordinator {
             None => {
                 let silence_ms = self.pipeline.config.swarm.silence_seconds * 1e3;
                 let hold_ms = HOLD_MS.min((silence_ms / 4.0) as u64);
-                self.waiting.push_back((self.now_ms + hold_ms, peer));
+                let queue = if self.scheduler.is_trusted(&peer) { TRUSTED } else { UNTRUSTED };
+                self.waiting[queue].push_back((self.now_ms + hold_ms, peer));
             }
         }
     }
 
     /// Answers those who wait, as far as there is work; and those who waited long enough.
     pub(super) fn serve_waiting(&mut self, blobs: &dyn Blobs) {
+        self.serve_queue(TRUSTED, blobs);
+        self.serve_queue(UNTRUSTED, blobs);
+    }
+
+    fn serve_queue(&mut self, queue: usize, blobs: &dyn Blobs) {
         let all_hear = self.closed || self.paused;
-        let mut still = VecDeque::new();
-        while let Some((until_ms, peer)) = self.waiting.pop_front() {
+        let mut in_vain = 0;
+        while let Some(&(until_ms, peer)) = self.waiting[queue].front() {
             let due = self.now_ms >= until_ms || all_hear;
-            if !due && !self.scheduler.has_work(self.now_ms) {
-                still.push_back((until_ms, peer));
-                break;
+            let has_work = self.scheduler.has_units(self.now_ms)
+                || queue == TRUSTED && self.scheduler.audits_waiting() > 0;
+            if !due && (!has_work || in_vain == SEARCH_MAX) {
+                return;
             }
+            self.waiting[queue].pop_front();
             let Some(token) = self.sessions.get(&peer).and_then(|s| s.waiting) else { continue };
             let response = self.take(peer, blobs);
             if matches!(response, Response::Idle { why: Idle::Waiting, .. }) && !due {
-                still.push_back((until_ms, peer));
+                // What there is does not suit it: others come first now. All wait at most twice as
+                // long as they should.
+                self.waiting[queue].push_back((until_ms, peer));
+                in_vain += 1;
                 continue;
             }
             if let Some(session) = self.sessions.get_mut(&peer) {
@@ -222,8 +238,6 @@ impl Coordinator {
             self.scheduler.touch(peer, self.now_ms);
             self.effect(Effect::Reply { token, response });
         }
-        still.append(&mut self.waiting);
-        self.waiting = still;
     }
 
     /// The bytes of a unit that was just leased.

@@ -98,6 +98,7 @@ impl Coordinator {
             cost: held.multiply_adds,
             given: None,
             auditor: None,
+            disputed: None,
         };
         self.ask(audit);
     }
@@ -122,6 +123,7 @@ impl Coordinator {
             cost: a.multiply_adds,
             given: None,
             auditor: None,
+            disputed: None,
         };
         match urgency {
             Urgency::Redo => self.ask_myself(audit),
@@ -232,12 +234,35 @@ impl Coordinator {
             audit.auditor = Some((auditor, receipt));
             audit.given = None;
             if disputed {
-                audit.urgency = Urgency::Redo;
+                self.dispute(&mut audit);
             }
             self.ask_myself(audit);
         } else {
             self.verdict(audit, auditor, receipt, blobs);
         }
+    }
+
+    /// Nobody waits for the judgement but the accused: its unit goes to others, and it gets no more
+    /// work until then.
+    fn dispute(&mut self, audit: &mut Audit) {
+        audit.urgency = Urgency::Redo;
+        // The judgement may be far off: the weights can be made again.
+        audit.version = None;
+        self.scheduler.accuse(audit.of);
+        if let Some((key, held)) = self.held(audit)
+            && let Some(in_flight) = self.units.get_mut(&key)
+        {
+            in_flight.held = None;
+            audit.disputed = Some(held);
+            self.scheduler.reopen(key.1);
+        }
+    }
+
+    /// The result that waits for this audit, and where.
+    fn held(&self, audit: &Audit) -> Option<((Hash, TaskId), Held)> {
+        let waits = |u: &InFlight| u.held.is_some_and(|h| h.peer == audit.of);
+        let key = self.in_flight(&audit.unit, waits)?;
+        Some((key, self.units.get(&key)?.held?))
     }
 
     /// Queues an audit that no volunteer may do.
@@ -250,8 +275,21 @@ impl Coordinator {
     fn verdict(&mut self, audit: Audit, auditor: PeerKey, receipt: Hash, blobs: &dyn Blobs) {
         let (of, unit) = (audit.of, audit.unit);
         let valid = receipt == audit.receipt;
-        let key = self.in_flight(&unit, |u| u.held.is_some_and(|h| h.peer == of));
-        let held = key.and_then(|key| Some((key, self.units.get(&key)?.held?)));
+        if audit.auditor.is_some_and(|(_, found)| found != audit.receipt) {
+            self.scheduler.acquit(of);
+        }
+        let held = match audit.disputed {
+            None => self.held(&audit),
+            Some(held) => {
+                let open = self.in_flight(&unit, |u| u.held.is_none());
+                let key = open.filter(|_| !self.scheduler.is_expelled(&of));
+                // Of a right result that came too late there is nothing to write.
+                if valid && key.is_none() {
+                    return;
+                }
+                key.map(|key| (key, held))
+            }
+        };
         if valid && let Some((key, held)) = held {
             let model = self.pipeline.model();
             let output = self.units.get(&key).and_then(|u| {
@@ -270,12 +308,12 @@ impl Coordinator {
             self.settle(of, unit, auditor, multiply_adds);
         } else {
             self.figures.invalid += 1;
-            if let Some((key, _)) = held
+            if audit.disputed.is_none()
+                && let Some((key, _)) = held
                 && let Some(u) = self.units.get_mut(&key)
             {
                 u.held = None;
-                let task = u.task;
-                self.scheduler.reopen(task);
+                self.scheduler.reopen(key.1);
             }
             self.convict(of, Offence::WrongResult, Some(unit));
             // Whoever found the lie valid is in league with the liar.

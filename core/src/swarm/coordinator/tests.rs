@@ -1,14 +1,21 @@
-//! Bounds of the coordinator itself: sessions, followers, news, questions that wait.
+//! Bounds of the coordinator itself: sessions, followers, news, questions that wait. And disputes
+//! between volunteers.
 
 use std::collections::BTreeMap;
 
 use super::*;
 use crate::conformance::suite::DIGEST;
+use crate::engine::{RowStats, Saturations};
+use crate::model::weights::Gradients;
 use crate::run::config::RunConfig;
 use crate::run::problems::Problems;
+use crate::run::work::{Output, Seeded, Values, Work};
+use crate::swarm::chain;
 use crate::swarm::coordinator::Start;
 use crate::swarm::ids::Secret;
+use crate::swarm::ledger::{Verdict, receipt_message};
 use crate::swarm::protocol::{Idle, PROTOCOL};
+use crate::swarm::unit::encode_output;
 
 const RUN: &str = r#"{
     "name": "bounds",
@@ -22,6 +29,8 @@ const RUN: &str = r#"{
 struct Host {
     coordinator: Coordinator,
     blobs: BTreeMap<Hash, Vec<u8>>,
+    ledger: Vec<Entry>,
+    executing: Option<TaskId>,
 }
 
 impl Host {
@@ -43,16 +52,61 @@ impl Host {
             wall_ms: 0,
         };
         let coordinator = Coordinator::recover(start, &BTreeMap::new()).unwrap();
-        Self { coordinator, blobs: BTreeMap::new() }
+        Self { coordinator, blobs: BTreeMap::new(), ledger: Vec::new(), executing: None }
     }
 
     fn ask(&mut self, peer: PeerKey, request: Request) -> Option<Response> {
-        let event = Event::Request { peer, token: 7, request };
-        let effects = self.coordinator.handle(0, 0, event, &self.blobs);
-        effects.into_iter().find_map(|effect| match effect {
-            Effect::Reply { token: 7, response } => Some(response),
+        self.send(Event::Request { peer, token: 7, request })
+    }
+
+    /// Carries out what is to be kept; returns the answer, if the event was a question that got one.
+    fn send(&mut self, event: Event) -> Option<Response> {
+        let mut answer = None;
+        for effect in self.coordinator.handle(0, 0, event, &self.blobs) {
+            match effect {
+                Effect::Reply { token: 7, response } => answer = Some(response),
+                Effect::Persist { blobs, records } => {
+                    self.blobs.extend(blobs);
+                    self.ledger.extend(records.iter().map(|r| chain::decode(r).unwrap().entry));
+                }
+                Effect::Execute(execution) => self.executing = Some(execution.audit),
+                _ => {}
+            }
+        }
+        answer
+    }
+
+    /// The bytes of the unit that `who` is given, if it is given one.
+    fn take(&mut self, who: &Secret) -> Option<Vec<u8>> {
+        match self.ask(who.key(), Request::Take)? {
+            Response::Unit { unit, .. } => Some(unit),
             _ => None,
-        })
+        }
+    }
+
+    fn announce(
+        &mut self,
+        who: &Secret,
+        unit: &[u8],
+        receipt: Hash,
+        bytes: u64,
+    ) -> Option<Response> {
+        let unit = Hash::of(unit);
+        let message = receipt_message(&self.coordinator.run(), &unit, &receipt, bytes);
+        let signature = who.sign(&message);
+        self.ask(who.key(), Request::Receipt { unit, receipt, bytes, signature })
+    }
+
+    /// Announces a made-up result and uploads it; returns its receipt.
+    fn deliver(&mut self, who: &Secret, unit: &[u8], number: i64) -> Hash {
+        let bytes = made_up(unit, &self.coordinator, number);
+        let receipt = Hash::of(&bytes);
+        let answer = self.announce(who, unit, receipt, bytes.len() as u64);
+        assert_eq!(answer, Some(Response::Upload));
+        let arrival = Arrival::Whole(bytes);
+        self.send(Event::Result { peer: who.key(), unit: Hash::of(unit), arrival });
+        assert!(!self.coordinator.scheduler.is_expelled(&who.key()));
+        receipt
     }
 
     fn hello(&mut self, peer: PeerKey) -> Option<Response> {
@@ -144,7 +198,7 @@ fn news_over_the_bound_of_one_answer_come_with_the_next() {
 /// One engine cannot check every auditor of a large swarm: while many checks wait, it trusts.
 #[test]
 fn own_checks_of_auditors_wait_while_there_are_many() {
-    let Host { mut coordinator, blobs } = Host::new();
+    let Host { mut coordinator, blobs, .. } = Host::new();
     coordinator.pipeline.config.swarm.audit_the_auditors = 1.0;
     for i in 0..OWN_CHECKS_MAX + 3 {
         let receipt = Hash::of(b"result");
@@ -159,10 +213,120 @@ fn own_checks_of_auditors_wait_while_there_are_many() {
             cost: 1,
             given: None,
             auditor: None,
+            disputed: None,
         });
         let id = coordinator.audits.last_key_value().map(|(id, _)| *id).unwrap();
         coordinator.audited_by(peer(2), id, receipt, &blobs);
     }
     assert_eq!(coordinator.scheduler.own_audits_waiting(), OWN_CHECKS_MAX);
     assert_eq!(coordinator.figures.audited, 3);
+}
+
+/// A newcomer's result waits, an auditor disputes it, and the own engine is busy.
+struct Dispute {
+    host: Host,
+    accused: Secret,
+    auditor: Secret,
+    /// Is here, and trusted.
+    third: Secret,
+    unit: Vec<u8>,
+    receipt: Hash,
+    found: Hash,
+}
+
+/// What a gradient unit could give, told apart by one number.
+fn made_up(unit: &[u8], coordinator: &Coordinator, number: i64) -> Vec<u8> {
+    let model = coordinator.pipeline.model();
+    let Work::Gradient { sequences, .. } = Unit::decode(unit, model).unwrap().work else {
+        panic!()
+    };
+    let certain = RowStats { total: 1 << 23, ..RowStats::default() };
+    let trained = |s: &Seeded| vec![certain; s.seeds.len()];
+    let mut sum = Gradients::zeros(model);
+    sum.0[0][0] = number;
+    let values = Values::Gradient(sequences.iter().map(trained).collect(), sum);
+    encode_output(&Output { saturations: Saturations::default(), values })
+}
+
+impl Dispute {
+    fn new() -> Self {
+        let mut host = Host::new();
+        let [accused, auditor, third] = [3, 4, 5].map(|seed| Secret::from_seed(&[seed; 32]));
+        host.coordinator.executing = Some(TaskId::MAX);
+        for peer in [&accused, &auditor, &third] {
+            host.hello(peer.key());
+        }
+        let unit = host.take(&accused).unwrap();
+        let receipt = host.deliver(&accused, &unit, 1);
+        for trusted in [&auditor, &third] {
+            host.coordinator.scheduler.standing(trusted.key()).valid_in_a_row = 100_000;
+        }
+        host.coordinator.pipeline.config.swarm.audit_probability_min = 0.0;
+        assert_eq!(host.take(&auditor), Some(unit.clone()), "to be audited");
+        let found = Hash::of(&made_up(&unit, &host.coordinator, 2));
+        assert_eq!(host.announce(&auditor, &unit, found, 1), Some(Response::Keep));
+        Self { host, accused, auditor, third, unit, receipt, found }
+    }
+
+    /// The own engine comes to it and finds this.
+    fn judge(&mut self, receipt: Hash) {
+        self.host.coordinator.executing = None;
+        self.host.send(Event::Tick);
+        let audit = self.host.executing.unwrap();
+        self.host.send(Event::Executed { audit, receipt });
+    }
+
+    /// Whose results of the unit entered, who was audited with which verdict, who was expelled.
+    fn written(&self) -> (Vec<PeerKey>, Vec<(PeerKey, Verdict)>, Vec<PeerKey>) {
+        let (mut units, mut audits, mut expelled) = (Vec::new(), Vec::new(), Vec::new());
+        for entry in &self.host.ledger {
+            match entry {
+                Entry::Unit(u) if u.unit == Hash::of(&self.unit) => units.push(u.volunteer),
+                Entry::Audit { volunteer, verdict, .. } => audits.push((*volunteer, *verdict)),
+                Entry::Expelled { volunteer, .. } => expelled.push(*volunteer),
+                _ => {}
+            }
+        }
+        (units, audits, expelled)
+    }
+}
+
+#[test]
+fn disputed_unit_goes_to_others_and_its_volunteer_waits_for_the_judgement() {
+    let mut d = Dispute::new();
+    let answer = d.host.ask(d.accused.key(), Request::Take);
+    assert!(matches!(answer, Some(Response::Idle { why: Idle::Waiting, .. })), "{answer:?}");
+    assert_eq!(d.host.take(&d.third), Some(d.unit.clone()));
+    assert_eq!(d.written(), (vec![], vec![], vec![]));
+
+    // The accused was wrong.
+    d.judge(d.found);
+    assert_eq!(
+        d.written(),
+        (vec![], vec![(d.accused.key(), Verdict::Invalid)], vec![d.accused.key()])
+    );
+    d.host.deliver(&d.third, &d.unit, 2);
+    assert_eq!(d.written().0, [d.third.key()]);
+}
+
+#[test]
+fn disputed_result_that_was_right_enters_if_nobody_was_faster() {
+    let mut d = Dispute::new();
+    assert_eq!(d.host.take(&d.third), Some(d.unit.clone()));
+    d.judge(d.receipt);
+    let (accused, auditor) = (d.accused.key(), d.auditor.key());
+    assert_eq!(d.written(), (vec![accused], vec![(accused, Verdict::Valid)], vec![auditor]));
+    assert!(d.host.take(&d.accused).is_some(), "it may work again");
+    let late = d.host.announce(&d.third, &d.unit, d.receipt, 1);
+    assert_eq!(late, Some(Response::Keep), "nothing is wanted of whoever was slower");
+}
+
+#[test]
+fn disputed_result_that_comes_too_late_costs_only_the_auditor_its_place() {
+    let mut d = Dispute::new();
+    assert_eq!(d.host.take(&d.third), Some(d.unit.clone()));
+    d.host.deliver(&d.third, &d.unit, 1);
+    d.judge(d.receipt);
+    assert_eq!(d.written(), (vec![d.third.key()], vec![], vec![d.auditor.key()]));
+    assert!(d.host.take(&d.accused).is_some(), "it may work again");
 }

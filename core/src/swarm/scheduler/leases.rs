@@ -13,8 +13,7 @@ impl Scheduler {
     pub fn take(&mut self, peer: PeerKey, now_ms: u64) -> Option<Assignment> {
         let v = self.volunteers.get(&peer)?;
         let most = if v.lapses >= LAPSES_BEFORE_PAUSE { 1 } else { LEASES_A_VOLUNTEER_MAX };
-        let barred = v.standing.expelled.is_some() || !v.is_present || now_ms < v.resume_ms;
-        if barred || v.leases.len() >= most {
+        if !v.may_work(now_ms) || v.leases.len() >= most {
             return None;
         }
         if let Some((audit, kind, cost)) = self.take_audit(peer) {
@@ -43,11 +42,6 @@ impl Scheduler {
         let again = self.tasks.get(&task).is_some_and(|t| t.holders.len() < HOLDERS_MAX);
         self.set_late(task, again.then_some(late_ms));
         Some(Assignment::Unit { task, path, first, count })
-    }
-
-    /// Whether there may be something to give out.
-    pub fn has_work(&self, now_ms: u64) -> bool {
-        !self.audit_queue.is_empty() || self.has_units(now_ms)
     }
 
     /// Whether there may be something to give to volunteers who may not audit.

@@ -21,6 +21,8 @@ pub struct Volunteer {
     /// Lapsed leases in a row.
     pub lapses: u32,
     pub(super) resume_ms: u64,
+    /// Results of it that an auditor disputes and nobody has judged.
+    disputes: u32,
     /// First unit of it that an audit was asked for.
     pub(super) rank: Option<TaskId>,
     /// When it last finished something.
@@ -40,6 +42,7 @@ impl Volunteer {
             seen_ms: 0,
             lapses: 0,
             resume_ms: 0,
+            disputes: 0,
             rank: None,
             free_ms: 0,
             leases: BTreeMap::new(),
@@ -50,6 +53,12 @@ impl Volunteer {
     /// Units and audits it holds.
     pub fn lease_count(&self) -> usize {
         self.leases.len()
+    }
+
+    /// Whether it may have work, if there is any.
+    pub fn may_work(&self, now_ms: u64) -> bool {
+        let is_barred = self.standing.expelled.is_some() || self.disputes > 0;
+        self.is_present && !is_barred && now_ms >= self.resume_ms
     }
 
     /// Whether nothing would be lost by forgetting it.
@@ -81,6 +90,18 @@ impl Scheduler {
     /// Whether results of `peer` go in at once.
     pub fn is_trusted(&self, peer: &PeerKey) -> bool {
         self.volunteers.get(peer).is_some_and(|v| v.standing.is_trusted(&self.policy))
+    }
+
+    /// An auditor disputes a result of `peer`: it gets no work until that is judged.
+    pub fn accuse(&mut self, peer: PeerKey) {
+        self.entry(peer).disputes += 1;
+    }
+
+    /// A dispute was judged.
+    pub fn acquit(&mut self, peer: PeerKey) {
+        if let Some(v) = self.volunteers.get_mut(&peer) {
+            v.disputes = v.disputes.saturating_sub(1);
+        }
     }
 
     /// A volunteer says hello, with the speed that it measured: multiply-adds a second.
