@@ -9,6 +9,7 @@ pub mod attack;
 pub mod bench;
 pub mod blobs;
 pub mod cli;
+pub mod clock;
 pub mod demo;
 pub mod doctor;
 pub mod donor;

@@ -9,15 +9,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Error, Result, bail, ensure};
+use jiff::Timestamp;
 use manyhands_core::swarm::chain::RECORD_BYTES_MAX;
 use manyhands_core::swarm::chunks::BLOB_BYTES_MAX;
 use manyhands_core::swarm::coordinator::Blobs;
 use manyhands_core::swarm::ids::Hash;
 use manyhands_core::swarm::protocol::PROTOCOL;
 use rustls::pki_types::CertificateDer;
-use ureq::Agent;
+use ureq::http::Response;
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
+use ureq::{Agent, Body};
 
+use crate::clock;
 use crate::host::Manifest;
 use crate::http::{RECORDS_PAGE_BYTES_MAX, read_certificates};
 
@@ -75,7 +78,13 @@ impl Remote {
     /// # Errors
     /// When it cannot be reached, or speaks another protocol.
     pub fn manifest(&self) -> Result<Manifest> {
-        let bytes = self.get("/api/manifest", MANIFEST_BYTES_MAX)?;
+        let path = "/api/manifest";
+        let answer = self.ask(path)?;
+        let date = answer.as_ref().and_then(|a| a.headers().get("date")?.to_str().ok());
+        if let Some(told) = date.and_then(|date| clock::difference(Timestamp::now(), date)) {
+            eprintln!("warning: {told}");
+        }
+        let bytes = answer.map(|a| self.read(path, a, MANIFEST_BYTES_MAX)).transpose()?;
         let manifest: Option<Manifest> = bytes.and_then(|b| serde_json::from_slice(&b).ok());
         let manifest = manifest.with_context(|| {
             format!("{} is no coordination peer of this program's version", self.url)
@@ -115,18 +124,26 @@ impl Remote {
 
     /// The body of an answer; `None` where there is no such thing.
     fn get(&self, path: &str, bytes_max: u64) -> Result<Option<Vec<u8>>> {
+        self.ask(path)?.map(|answer| self.read(path, answer, bytes_max)).transpose()
+    }
+
+    fn ask(&self, path: &str) -> Result<Option<Response<Body>>> {
         let url = &self.url;
-        let mut answer = self.agent.get(format!("{url}{path}")).call().map_err(explain(url))?;
+        let answer = self.agent.get(format!("{url}{path}")).call().map_err(explain(url))?;
         match answer.status().as_u16() {
-            200 => {}
-            404 => return Ok(None),
+            200 => Ok(Some(answer)),
+            404 => Ok(None),
             status => bail!("{url}{path} answers with status {status}"),
         }
+    }
+
+    fn read(&self, path: &str, answer: Response<Body>, bytes_max: u64) -> Result<Vec<u8>> {
+        let url = &self.url;
         let mut bytes = Vec::new();
-        let reader = answer.body_mut().as_reader().take(bytes_max + 1);
-        { reader }.read_to_end(&mut bytes).with_context(|| format!("{url}{path} broke off"))?;
+        let mut reader = answer.into_body().into_reader().take(bytes_max + 1);
+        reader.read_to_end(&mut bytes).with_context(|| format!("{url}{path} broke off"))?;
         ensure!(bytes.len() as u64 <= bytes_max, "{url}{path} is over {bytes_max} bytes");
-        Ok(Some(bytes))
+        Ok(bytes)
     }
 }
 
@@ -147,6 +164,8 @@ fn explain(url: &str) -> impl Fn(ureq::Error) -> Error {
         let text = error.to_string();
         let advice = if text.contains("UnknownIssuer") {
             "its certificate is from an authority that this machine does not trust; give that authority's certificate with --ca"
+        } else if text.contains("Expired") || text.contains("NotValidYet") {
+            "its certificate is out of its time; check this machine's clock, then tell the operator"
         } else if text.contains("certificate") {
             "its certificate is not good; the operator can say why"
         } else {

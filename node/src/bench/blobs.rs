@@ -1,4 +1,5 @@
-//! A large blob on loopback: plain TCP, then the network's uploads and fetches by each transport.
+//! A large blob on loopback: plain TCP, the least that an encrypted transport with checked blobs
+//! must do, then the network's uploads and fetches by each transport.
 //!
 //! Ours encrypts, hashes, checks and, in fetches, reads and writes files; plain TCP does none.
 
@@ -11,6 +12,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use manyhands_core::swarm::ids::Hash;
+use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 
 use super::{Row, Table, median};
 use crate::blobs::BlobStore;
@@ -20,6 +22,10 @@ use crate::net::{Limits, Net, NetConfig, NetEvent};
 const BLOB_BYTES: usize = 64 << 20;
 /// Of plain TCP: what is read and written at once.
 const BUFFER_BYTES: usize = 256 << 10;
+/// Of sealed TCP: a record of Noise, the largest that fits whole into the blob with its tag.
+const RECORD_BYTES: usize = 32 << 10;
+/// What comes before the transports: nothing but TCP, and encryption and hash without a network.
+const BASES: [&str; 2] = ["plain tcp", "sealed tcp"];
 /// Name, and where to listen.
 const TRANSPORTS: [(&str, &str); 3] = [
     ("tcp", "/ip4/127.0.0.1/tcp/0"),
@@ -32,14 +38,14 @@ pub(super) fn run(table: &mut Table, threads: usize, rounds: usize) -> Result<()
     let runtime = tokio::runtime::Runtime::new().context("cannot start tokio")?;
     let dir = Scratch::new()?;
     let bytes: Vec<u8> = (0..BLOB_BYTES).map(|i| (i * 31 % 251) as u8 ^ (i >> 12) as u8).collect();
-    let mut plain = Plain::connect()?;
+    let mut bases = [Link::connect(false)?, Link::connect(true)?];
     let mut pairs = Vec::new();
     for (index, (_, listen)) in TRANSPORTS.iter().enumerate() {
         let dir = dir.path.join(index.to_string());
         pairs.push(runtime.block_on(Pair::connect(&dir, listen, &bytes))?);
     }
-    // Put and get of plain TCP, then of each transport.
-    let mut times = vec![(Vec::new(), Vec::new()); 1 + pairs.len()];
+    // Put and get of the bases, then of each transport.
+    let mut times = vec![(Vec::new(), Vec::new()); bases.len() + pairs.len()];
     // The first round warms up: connections open their windows, files enter the cache.
     for round in 0..=rounds.max(1) {
         let mut push = |which: usize, put, get| {
@@ -48,18 +54,24 @@ pub(super) fn run(table: &mut Table, threads: usize, rounds: usize) -> Result<()
                 times[which].1.push(get);
             }
         };
-        push(0, plain.put(&bytes)?, plain.get()?);
+        for (index, link) in bases.iter_mut().enumerate() {
+            push(index, link.put(&bytes)?, link.get()?);
+        }
         for (index, pair) in pairs.iter_mut().enumerate() {
             let (put, get) = runtime
                 .block_on(async { anyhow::Ok((pair.put(&bytes).await?, pair.get().await?)) })?;
-            push(1 + index, put, get);
+            push(BASES.len() + index, put, get);
         }
     }
     let medians: Vec<_> = times.into_iter().map(|(p, g)| (median(p), median(g))).collect();
-    let names = ["plain tcp"].into_iter().chain(TRANSPORTS.map(|(name, _)| name));
+    let names = BASES.into_iter().chain(TRANSPORTS.map(|(name, _)| name));
     for (name, (put, get)) in names.zip(&medians) {
         for (way, seconds, base) in [("put", *put, medians[0].0), ("get", *get, medians[0].1)] {
-            let ours = name != "plain tcp";
+            let note = match name {
+                "plain tcp" => String::new(),
+                "sealed tcp" => "of plain tcp; ChaCha20-Poly1305 and BLAKE3, nothing else".into(),
+                _ => dir.note(way),
+            };
             table.push(Row {
                 name: "blob".into(),
                 shape: format!("{way} {} MiB", BLOB_BYTES >> 20),
@@ -69,15 +81,14 @@ pub(super) fn run(table: &mut Table, threads: usize, rounds: usize) -> Result<()
                 median_s: seconds,
                 rate: (BLOB_BYTES >> 20) as f64 / seconds,
                 unit: "MiB/s",
-                ratio: ours.then_some(base / seconds),
-                note: if ours { dir.note(way) } else { String::new() },
+                ratio: (name != "plain tcp").then_some(base / seconds),
+                note,
             });
         }
     }
     Ok(())
 }
 
-/// A directory for the stores, in memory where the system has such; removed when dropped.
 /// A directory in memory where there is one, that goes with the bench.
 pub(super) struct Scratch {
     pub(super) path: PathBuf,
@@ -109,39 +120,42 @@ impl Drop for Scratch {
     }
 }
 
-/// A TCP connection to a thread that takes a blob, then gives one, again and again.
-struct Plain {
+/// One end of a TCP connection.
+struct Link {
     stream: TcpStream,
     buffer: Vec<u8>,
+    /// Encrypts in one way and the other, and numbers the records.
+    key: Option<LessSafeKey>,
+    records: u64,
 }
 
-impl Plain {
-    fn connect() -> Result<Self> {
+impl Link {
+    /// Connected to a thread that takes a blob, then gives one, again and again.
+    fn connect(sealed: bool) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").context("cannot listen")?;
-        let stream = TcpStream::connect(listener.local_addr()?).context("cannot connect")?;
-        let (mut other, _) = listener.accept().context("cannot accept")?;
-        thread::spawn(move || -> std::io::Result<()> {
-            let mut buffer = vec![0; BUFFER_BYTES];
+        let ours = TcpStream::connect(listener.local_addr()?).context("cannot connect")?;
+        let (theirs, _) = listener.accept().context("cannot accept")?;
+        let [link, mut other] = [ours, theirs].map(|stream| {
+            let key = UnboundKey::new(&CHACHA20_POLY1305, &[7; 32]).ok().filter(|_| sealed);
+            let key = key.map(LessSafeKey::new);
+            Self { stream, buffer: Vec::new(), key, records: 0 }
+        });
+        thread::spawn(move || -> Result<()> {
+            let blob = vec![7; BLOB_BYTES];
             // Ends with the connection.
             loop {
-                for _ in 0..BLOB_BYTES / BUFFER_BYTES {
-                    other.read_exact(&mut buffer)?;
-                }
-                other.write_all(&[0])?;
-                other.read_exact(&mut [0])?;
-                for _ in 0..BLOB_BYTES / BUFFER_BYTES {
-                    other.write_all(&buffer)?;
-                }
+                other.receive()?;
+                other.stream.write_all(&[0])?;
+                other.stream.read_exact(&mut [0])?;
+                other.send(&blob)?;
             }
         });
-        Ok(Self { stream, buffer: vec![0; BUFFER_BYTES] })
+        Ok(link)
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<f64> {
         let started = Instant::now();
-        for piece in bytes.chunks(BUFFER_BYTES) {
-            self.stream.write_all(piece)?;
-        }
+        self.send(bytes)?;
         self.stream.read_exact(&mut [0])?;
         Ok(started.elapsed().as_secs_f64())
     }
@@ -149,10 +163,50 @@ impl Plain {
     fn get(&mut self) -> Result<f64> {
         let started = Instant::now();
         self.stream.write_all(&[0])?;
-        for _ in 0..BLOB_BYTES / BUFFER_BYTES {
-            self.stream.read_exact(&mut self.buffer)?;
-        }
+        self.receive()?;
         Ok(started.elapsed().as_secs_f64())
+    }
+
+    fn nonce(&mut self) -> Nonce {
+        self.records += 1;
+        let mut bytes = [0; NONCE_LEN];
+        bytes[..8].copy_from_slice(&self.records.to_le_bytes());
+        Nonce::assume_unique_for_key(bytes)
+    }
+
+    fn send(&mut self, blob: &[u8]) -> Result<()> {
+        if self.key.is_none() {
+            return Ok(blob.chunks(BUFFER_BYTES).try_for_each(|p| self.stream.write_all(p))?);
+        }
+        for piece in blob.chunks(RECORD_BYTES) {
+            let nonce = self.nonce();
+            let Some(key) = &self.key else { bail!("a sealed link has a key") };
+            self.buffer.clear();
+            self.buffer.extend_from_slice(piece);
+            let sealed = key.seal_in_place_append_tag(nonce, Aad::empty(), &mut self.buffer);
+            sealed.ok().context("cannot seal")?;
+            self.stream.write_all(&self.buffer)?;
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self) -> Result<()> {
+        if self.key.is_none() {
+            self.buffer.resize(BUFFER_BYTES, 0);
+            let mut pieces = 0..BLOB_BYTES / BUFFER_BYTES;
+            return Ok(pieces.try_for_each(|_| self.stream.read_exact(&mut self.buffer))?);
+        }
+        let mut hasher = blake3::Hasher::new();
+        self.buffer.resize(RECORD_BYTES + CHACHA20_POLY1305.tag_len(), 0);
+        for _ in 0..BLOB_BYTES / RECORD_BYTES {
+            let nonce = self.nonce();
+            let Some(key) = &self.key else { bail!("a sealed link has a key") };
+            self.stream.read_exact(&mut self.buffer)?;
+            let opened = key.open_in_place(nonce, Aad::empty(), &mut self.buffer);
+            hasher.update(opened.ok().context("cannot open")?);
+        }
+        std::hint::black_box(hasher.finalize());
+        Ok(())
     }
 }
 

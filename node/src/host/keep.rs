@@ -65,6 +65,12 @@ impl Keep {
         self.storage.set_meta(PEERS, &serde_json::to_vec(peers)?)
     }
 
+    /// When the newest record was written, in milliseconds since 1970.
+    pub(super) fn newest_ms(&self) -> Result<Option<u64>> {
+        let newest = self.storage.records(self.next.saturating_sub(1), 1)?;
+        newest.first().map(|bytes| Ok(chain::decode(bytes)?.time_ms)).transpose()
+    }
+
     /// Records that fit one answer.
     pub(super) fn page(&self, from: u64, limit: u32) -> Result<Vec<Vec<u8>>> {
         let mut page = self.storage.records(from, limit as usize)?;
@@ -223,8 +229,6 @@ pub(super) fn find(storage: &Storage, served: &BlobStore, hash: &Hash) -> Option
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
-
     use manyhands_core::checkpoint::LAYOUT;
     use manyhands_core::run::job::{JobPath, Stage};
     use manyhands_core::swarm::chain::Writer;
@@ -241,6 +245,16 @@ mod tests {
         let mut keep = Keep::open(dir.path(), storage, served).unwrap();
         let secret = Secret::from_seed(&[1; 32]);
         let (volunteer, mut chain) = (secret.key(), Writer::new(secret));
+        let nothing = Hash([0; 32]);
+        let open = Entry::Open {
+            config: String::new(),
+            files: Vec::new(),
+            digest: String::new(),
+            weights: nothing,
+            full: nothing,
+            coordinator: volunteer,
+        };
+        keep.persist(Vec::new(), vec![chain.append(0, open).1]).unwrap();
         // Steps 0 and 1 have one result, and each another.
         let results: [&[u8]; 4] = [b"both", b"first", b"both", b"second"];
         for (i, result) in results.into_iter().enumerate() {

@@ -19,6 +19,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use jiff::Timestamp;
 use manyhands_core::run::config::RunConfig;
 use manyhands_core::run::problems::Problems;
 use manyhands_core::swarm::chain;
@@ -30,6 +31,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::blobs::BlobStore;
 use crate::cli::runs_dir;
+use crate::clock;
 use crate::net::Net;
 use crate::storage::Storage;
 use crate::store::read_bounded;
@@ -174,6 +176,9 @@ async fn host(args: &HostArgs) -> Result<ExitCode> {
         _ => Run::from_ledger(&place.storage, &place.blobs)?,
     };
     let keep = keep::Keep::open(&dir, place.storage.clone(), place.blobs.clone())?;
+    if let Some(newest_ms) = keep.newest_ms()? {
+        clock::check_ledger(Timestamp::now(), newest_ms)?;
+    }
     refuse_if_promoted(&place, &keep.peers()?).await?;
     let (token, url) = (place.token.clone(), place.site.url.clone());
     let served = serve::start(place.site, &place.storage, &place.blobs, token.clone(), &place.net);

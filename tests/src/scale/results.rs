@@ -123,28 +123,23 @@ impl World<'_> {
     pub(super) fn audited(&mut self, id: TaskId, by: Option<usize>) {
         let Some(mut audit) = self.end_audit(id) else { return };
         self.figures.audited += audit.cost as f64;
-        let drawn = self.random() < self.scale.policy.audit_the_auditors;
-        let has_time = self.scheduler.own_audits_waiting() < OWN_CHECKS_MAX;
-        if by.is_some() && (audit.is_false || drawn && has_time) {
-            let (of, kind) = (key(audit.of), Kind::Forward);
-            let urgency = if audit.is_false { Urgency::Redo } else { Urgency::Spot };
-            if audit.is_false {
-                self.scheduler.accuse(of);
-                if let Some(task) = audit.holds.take() {
-                    self.scheduler.reopen(task);
-                }
+        if by.is_some() && audit.is_false {
+            self.scheduler.accuse(key(audit.of));
+            if let Some(task) = audit.holds.take() {
+                self.scheduler.reopen(task);
             }
-            let id = self.scheduler.request_own_audit(of, kind, audit.cost, urgency);
-            self.volunteers[audit.of].audits.push(id);
-            self.audits.insert(id, audit);
-            return;
+            return self.check_myself(audit, Urgency::Redo);
         }
         if !audit.is_false {
             let standing = self.scheduler.standing(key(audit.of));
             standing.audited += 1;
             standing.valid_in_a_row += 1;
-            if let Some(task) = audit.holds {
+            if let Some(task) = audit.holds.take() {
                 self.accept(task);
+            }
+            let drawn = by.is_some() && self.random() < self.scale.policy.audit_the_auditors;
+            if drawn && self.scheduler.own_audits_waiting() < OWN_CHECKS_MAX {
+                self.check_myself(audit, Urgency::Spot);
             }
             return;
         }
@@ -154,6 +149,14 @@ impl World<'_> {
             self.scheduler.reopen(task);
         }
         self.expel(audit.of);
+    }
+
+    /// The coordination peer redoes what an auditor did.
+    fn check_myself(&mut self, audit: Audit, urgency: Urgency) {
+        let of = key(audit.of);
+        let id = self.scheduler.request_own_audit(of, Kind::Forward, audit.cost, urgency);
+        self.volunteers[audit.of].audits.push(id);
+        self.audits.insert(id, audit);
     }
 
     pub(super) fn expel(&mut self, who: usize) {

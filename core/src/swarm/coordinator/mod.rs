@@ -273,7 +273,7 @@ struct Audit {
     cost: u64,
     /// The unit that an auditor is given, while one has it.
     given: Option<Hash>,
-    /// An auditor that found another receipt, or is itself being checked.
+    /// An auditor that found another receipt.
     auditor: Option<(PeerKey, Hash)>,
     /// The result that waited for this audit until an auditor disputed it. It enters yet if it was
     /// right and nobody else has computed the unit.

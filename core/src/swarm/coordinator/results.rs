@@ -111,24 +111,16 @@ impl Coordinator {
     /// Asks for an audit of a unit that is in the run. What a convict left is redone by the own
     /// engine alone: others may be in league with it.
     pub(super) fn audit_accepted(&mut self, of: PeerKey, a: Accepted, urgency: Urgency) {
-        let kind = [Kind::Sample, Kind::Forward, Kind::Gradient][usize::from(a.kind.min(2))];
-        let audit = Audit {
-            unit: a.unit,
-            of,
-            receipt: a.receipt,
-            weights: a.weights,
-            version: None,
-            urgency,
-            kind,
-            cost: a.multiply_adds,
-            given: None,
-            auditor: None,
-            disputed: None,
-        };
+        let audit = Audit::again(of, a, urgency);
         match urgency {
             Urgency::Redo => self.ask_myself(audit),
             Urgency::Admission | Urgency::Spot => self.ask(audit),
         }
+    }
+
+    /// A unit of `of` that is in the run and that the own engine has not redone.
+    fn unproven(&self, of: &PeerKey, unit: &Hash) -> Option<Accepted> {
+        self.records.get(of)?.unproven.values().find(|a| a.unit == *unit).copied()
     }
 
     /// A result enters the run.
@@ -217,28 +209,27 @@ impl Coordinator {
         receipt: Hash,
         blobs: &dyn Blobs,
     ) {
-        let Some(audit) = self.audits.get_mut(&id) else { return };
+        let Some(mut audit) = self.audits.remove(&id) else { return };
         self.scheduler.finished(auditor, id, audit.cost, self.now_ms);
-        let (unit, claimed) = (audit.unit, audit.receipt);
-        let disputed = receipt != claimed;
+        self.scheduler.finish_audit(id);
+        self.figures.delegated_audit += audit.cost;
+        let (of, unit, claimed) = (audit.of, audit.unit, audit.receipt);
+        if receipt != claimed {
+            audit.auditor = Some((auditor, receipt));
+            audit.given = None;
+            self.dispute(&mut audit);
+            return self.ask_myself(audit);
+        }
+        self.verdict(audit, auditor, receipt, blobs);
         let drawn =
             self.draw(b"auditor", &unit, &claimed) < self.pipeline.config.swarm.audit_the_auditors;
         // One engine cannot keep up with a share of all audits of a large swarm.
         let has_time = self.scheduler.own_audits_waiting() < OWN_CHECKS_MAX;
-        let again = disputed || drawn && has_time;
-        let Some(mut audit) = self.audits.remove(&id) else { return };
-        self.scheduler.finish_audit(id);
-        self.figures.delegated_audit += audit.cost;
-        if again {
-            // The coordination peer's own execution decides, and before anything else.
-            audit.auditor = Some((auditor, receipt));
-            audit.given = None;
-            if disputed {
-                self.dispute(&mut audit);
-            }
-            self.ask_myself(audit);
-        } else {
-            self.verdict(audit, auditor, receipt, blobs);
+        if drawn
+            && has_time
+            && let Some(accepted) = self.unproven(&of, &unit)
+        {
+            self.ask_myself(Audit::again(of, accepted, Urgency::Spot));
         }
     }
 
@@ -275,7 +266,7 @@ impl Coordinator {
     fn verdict(&mut self, audit: Audit, auditor: PeerKey, receipt: Hash, blobs: &dyn Blobs) {
         let (of, unit) = (audit.of, audit.unit);
         let valid = receipt == audit.receipt;
-        if audit.auditor.is_some_and(|(_, found)| found != audit.receipt) {
+        if audit.auditor.is_some() {
             self.scheduler.acquit(of);
         }
         let held = match audit.disputed {
@@ -331,6 +322,8 @@ impl Coordinator {
         if auditor != own {
             self.scheduler.standing(auditor).credit += cost;
         }
+        // What was found valid on an auditor's word has been counted.
+        let again = auditor == own && self.vouched.remove(&(of, unit)).is_some();
         let record = self.records.entry(of).or_default();
         let found = record.unproven.values().find(|a| a.unit == unit).map(|a| a.sequence);
         if let Some(sequence) = found {
@@ -342,7 +335,6 @@ impl Coordinator {
             record.settled = record.settled.max(Some(sequence));
             if auditor == own {
                 record.unproven.remove(&sequence);
-                self.vouched.remove(&(of, unit));
             } else {
                 self.vouched.insert((of, unit), auditor);
             }
@@ -354,9 +346,11 @@ impl Coordinator {
             standing.credit += credit;
             standing.provisional_credit = standing.provisional_credit.saturating_sub(credit);
         }
-        let standing = self.scheduler.standing(of);
-        standing.audited += 1;
-        standing.valid_in_a_row += 1;
+        if !again {
+            let standing = self.scheduler.standing(of);
+            standing.audited += 1;
+            standing.valid_in_a_row += 1;
+        }
         self.redone(of, unit, true);
     }
 
@@ -415,8 +409,7 @@ impl Coordinator {
         let doubtful = self.vouched.iter().filter(|(_, by)| **by == auditor).map(|(key, _)| *key);
         for (of, unit) in doubtful.collect::<Vec<_>>() {
             self.vouched.remove(&(of, unit));
-            let record = self.records.get(&of);
-            let found = record.and_then(|r| r.unproven.values().find(|a| a.unit == unit)).copied();
+            let found = self.unproven(&of, &unit);
             if let Some(accepted) = found.filter(|_| !self.scheduler.is_expelled(&of)) {
                 self.audit_accepted(of, accepted, Urgency::Redo);
             }
@@ -427,8 +420,9 @@ impl Coordinator {
     fn redone(&mut self, peer: PeerKey, unit: Hash, valid: bool) {
         let Some((waiting, lies)) = self.redo.get_mut(&peer) else { return };
         if waiting.remove(&unit) && !valid {
-            let record = self.records.get(&peer);
-            lies.extend(record.and_then(|r| r.unproven.values().find(|a| a.unit == unit)));
+            let lie =
+                self.records.get(&peer).and_then(|r| r.unproven.values().find(|a| a.unit == unit));
+            lies.extend(lie);
         }
         let is_over = waiting.is_empty();
         self.drop_audits(|a| a.of == peer && a.unit == unit);
@@ -453,6 +447,25 @@ impl Coordinator {
         self.announce(StatusEvent::RolledBack { ordinal });
         self.restarts = true;
         self.halted = true;
+    }
+}
+
+impl Audit {
+    /// Of a unit that is in the run.
+    fn again(of: PeerKey, a: Accepted, urgency: Urgency) -> Self {
+        Self {
+            unit: a.unit,
+            of,
+            receipt: a.receipt,
+            weights: a.weights,
+            version: None,
+            urgency,
+            kind: [Kind::Sample, Kind::Forward, Kind::Gradient][usize::from(a.kind.min(2))],
+            cost: a.multiply_adds,
+            given: None,
+            auditor: None,
+            disputed: None,
+        }
     }
 }
 

@@ -12,8 +12,8 @@ use crate::run::problems::Problems;
 use crate::run::work::{Output, Seeded, Values, Work};
 use crate::swarm::chain;
 use crate::swarm::coordinator::Start;
-use crate::swarm::ids::Secret;
-use crate::swarm::ledger::{Verdict, receipt_message};
+use crate::swarm::ids::{Secret, Signature};
+use crate::swarm::ledger::{UnitEntry, Verdict, receipt_message};
 use crate::swarm::protocol::{Idle, PROTOCOL};
 use crate::swarm::unit::encode_output;
 
@@ -200,29 +200,29 @@ fn news_over_the_bound_of_one_answer_come_with_the_next() {
 fn own_checks_of_auditors_wait_while_there_are_many() {
     let Host { mut coordinator, blobs, .. } = Host::new();
     coordinator.pipeline.config.swarm.audit_the_auditors = 1.0;
-    for i in 0..OWN_CHECKS_MAX + 3 {
-        let receipt = Hash::of(b"result");
-        coordinator.ask(Audit {
+    let all = OWN_CHECKS_MAX as u64 + 3;
+    for i in 0..all {
+        let entry = UnitEntry {
+            path: coordinator.pipeline.jobs().next().unwrap().job.path,
+            first: 0,
+            count: 1,
             unit: Hash::of(&i.to_le_bytes()),
-            of: peer(1),
-            receipt,
-            weights: Hash::of(b"weights"),
-            version: None,
-            urgency: Urgency::Spot,
-            kind: Kind::Forward,
-            cost: 1,
-            given: None,
-            auditor: None,
-            disputed: None,
-        });
+            receipt: Hash::of(b"result"),
+            result_bytes: 6,
+            volunteer: peer(1),
+            signature: Signature([0; 64]),
+            multiply_adds: 1,
+        };
+        let accepted = coordinator.enter(entry, Hash::of(b"weights"), i);
+        coordinator.audit_accepted(peer(1), accepted, Urgency::Spot);
         let id = coordinator.audits.last_key_value().map(|(id, _)| *id).unwrap();
-        coordinator.audited_by(peer(2), id, receipt, &blobs);
+        coordinator.audited_by(peer(2), id, entry.receipt, &blobs);
     }
     assert_eq!(coordinator.scheduler.own_audits_waiting(), OWN_CHECKS_MAX);
-    assert_eq!(coordinator.figures.audited, 3);
+    assert_eq!(coordinator.figures.audited, all, "nothing waits for the own engine");
 }
 
-/// A newcomer's result waits, an auditor disputes it, and the own engine is busy.
+/// A newcomer's result waits, an auditor looks at it, and the own engine is busy.
 struct Dispute {
     host: Host,
     accused: Secret,
@@ -249,7 +249,8 @@ fn made_up(unit: &[u8], coordinator: &Coordinator, number: i64) -> Vec<u8> {
 }
 
 impl Dispute {
-    fn new() -> Self {
+    /// The auditor has the unit.
+    fn begun() -> Self {
         let mut host = Host::new();
         let [accused, auditor, third] = [3, 4, 5].map(|seed| Secret::from_seed(&[seed; 32]));
         host.coordinator.executing = Some(TaskId::MAX);
@@ -264,8 +265,14 @@ impl Dispute {
         host.coordinator.pipeline.config.swarm.audit_probability_min = 0.0;
         assert_eq!(host.take(&auditor), Some(unit.clone()), "to be audited");
         let found = Hash::of(&made_up(&unit, &host.coordinator, 2));
-        assert_eq!(host.announce(&auditor, &unit, found, 1), Some(Response::Keep));
         Self { host, accused, auditor, third, unit, receipt, found }
+    }
+
+    fn new() -> Self {
+        let mut d = Self::begun();
+        let answer = d.host.announce(&d.auditor, &d.unit.clone(), d.found, 1);
+        assert_eq!(answer, Some(Response::Keep));
+        d
     }
 
     /// The own engine comes to it and finds this.
@@ -319,6 +326,31 @@ fn disputed_result_that_was_right_enters_if_nobody_was_faster() {
     assert!(d.host.take(&d.accused).is_some(), "it may work again");
     let late = d.host.announce(&d.third, &d.unit, d.receipt, 1);
     assert_eq!(late, Some(Response::Keep), "nothing is wanted of whoever was slower");
+}
+
+/// A check by the own engine of what an auditor found right: nothing waits for it, it counts once,
+/// and if both lied both go.
+#[test]
+fn auditor_is_checked_after_its_word_has_counted() {
+    for lied in [false, true] {
+        let mut d = Dispute::begun();
+        d.host.coordinator.pipeline.config.swarm.audit_the_auditors = 1.0;
+        let (accused, auditor) = (d.accused.key(), d.auditor.key());
+        let unit = d.unit.clone();
+        assert_eq!(d.host.announce(&d.auditor, &unit, d.receipt, 1), Some(Response::Keep));
+        let valid = (accused, Verdict::Valid);
+        assert_eq!(d.written(), (vec![accused], vec![valid], vec![]));
+        d.judge(if lied { d.found } else { d.receipt });
+        let (_, audits, expelled) = d.written();
+        let standing = *d.host.coordinator.scheduler.standing(accused);
+        if lied {
+            assert_eq!(audits, [valid, (accused, Verdict::Invalid)]);
+            assert_eq!(expelled, [accused, auditor]);
+        } else {
+            assert_eq!((audits, expelled), (vec![valid, valid], vec![]));
+            assert_eq!((standing.audited, standing.valid_in_a_row), (1, 1));
+        }
+    }
 }
 
 #[test]
