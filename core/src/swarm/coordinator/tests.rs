@@ -14,7 +14,7 @@ use crate::swarm::chain;
 use crate::swarm::coordinator::Start;
 use crate::swarm::ids::{Secret, Signature};
 use crate::swarm::ledger::{UnitEntry, Verdict, receipt_message};
-use crate::swarm::protocol::{Idle, PROTOCOL};
+use crate::swarm::protocol::{Idle, PROTOCOL, Request};
 use crate::swarm::unit::encode_output;
 
 const RUN: &str = r#"{
