@@ -78,5 +78,7 @@ fn main() {
     let of_cpu: Vec<f64> = tasks.iter().map(|t| seconds(&cpu, t)).collect();
     let of_gpu: Vec<f64> = tasks.iter().map(|t| seconds(&gpu, t)).collect();
     let names = serde_json::json!({ "cpu": format!("cpu ({})", cpu.path()), "wgpu": name });
-    println!("{}", serde_json::json!({ "names": names, "cpu": of_cpu, "wgpu": of_gpu }));
+    let submissions = gpu.submission_times();
+    let out = serde_json::json!({ "names": names, "cpu": of_cpu, "wgpu": of_gpu, "submissions": submissions });
+    println!("{out}");
 }

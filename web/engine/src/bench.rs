@@ -174,6 +174,14 @@ impl TabEngine {
         with_bench!(&mut self.any, |bench| drop(bench.weights.remove(&hash)));
     }
 
+    /// How long submissions to the graphics device took, as JSON; nothing for other engines.
+    pub fn submissions(&self) -> Option<String> {
+        match &self.any {
+            Any::Cpu(_) => None,
+            Any::Gpu(bench) => serde_json::to_string(&bench.engine.submission_times()).ok(),
+        }
+    }
+
     /// Computes a unit, and returns the bytes of its result. `progress` is told tokens so far.
     pub async fn compute(&self, unit: &[u8], progress: &Function) -> Result<Vec<u8>, JsError> {
         let model = self.model.as_ref().ok_or_else(|| error("a unit came before the model"))?;

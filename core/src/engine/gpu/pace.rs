@@ -6,6 +6,10 @@
 
 use std::sync::Arc;
 
+use manyhands_shaders::wgsl::Id;
+
+use super::times::Times;
+
 /// Milliseconds since any fixed moment.
 pub type Clock = Arc<dyn Fn() -> f64 + Send + Sync>;
 
@@ -17,13 +21,14 @@ const TARGET_MS: f64 = 50.0;
 
 pub(super) struct Pace {
     pub(super) clock: Option<Clock>,
+    pub(super) times: Times,
     budget: u64,
     last_done_ms: f64,
 }
 
 impl Pace {
     pub(super) fn new() -> Self {
-        Self { clock: None, budget: START_WORK, last_done_ms: 0.0 }
+        Self { clock: None, times: Times::new(), budget: START_WORK, last_done_ms: 0.0 }
     }
 
     /// Multiply-adds after which to submit.
@@ -32,10 +37,14 @@ impl Pace {
     }
 
     /// A submission of `work` multiply-adds, handed in at `submitted_ms`, is done at `done_ms`.
-    pub(super) fn done(&mut self, work: u64, submitted_ms: f64, done_ms: f64) {
+    /// `kernel` had most of the work; without one, kernels were compiled for it, and the time says
+    /// nothing of the work.
+    pub(super) fn done(&mut self, work: u64, kernel: Option<Id>, submitted_ms: f64, done_ms: f64) {
         // Submissions queue up: this one began when the one before it ended.
         let elapsed = (done_ms - submitted_ms.max(self.last_done_ms)).max(0.1);
         self.last_done_ms = done_ms;
+        let Some(kernel) = kernel else { return self.times.compiled(elapsed) };
+        self.times.ran(elapsed, kernel);
         let fits = (work as f64 * TARGET_MS / elapsed) as u64;
         // A submission that was cut short by a read says little about larger ones.
         let full = work >= self.budget / 2;
@@ -59,11 +68,21 @@ mod tests {
             for _ in 0..40 {
                 let work = pace.budget();
                 let done = now + work as f64 / work_per_ms;
-                pace.done(work, now, done);
+                pace.done(work, Some(Id::MatmulProduct), now, done);
                 now = done;
             }
             let ms = pace.budget() as f64 / work_per_ms;
             assert!((25.0..=100.0).contains(&ms), "{work_per_ms} a ms: {ms} ms");
         }
+    }
+
+    /// Breaks if the first units of a fast device were cut finely because its driver compiles slowly.
+    #[test]
+    fn pace_learns_nothing_from_compilation() {
+        let mut pace = Pace::new();
+        pace.done(START_WORK, None, 0.0, 5_000.0);
+        assert_eq!(pace.budget(), START_WORK);
+        let times = pace.times.summary();
+        assert_eq!((times.count, times.compiling_count, times.compiling_max_ms), (0, 1, 5_000.0));
     }
 }
