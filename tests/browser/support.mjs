@@ -1,4 +1,5 @@
 // What browser tests need: a host, volunteers, a browser, and a way to wait.
+import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { existsSync, mkdtempSync, readFileSync, rmSync, statSync, openSync } from "node:fs";
@@ -131,6 +132,46 @@ export async function finalWeights(url, patience_ms = PATIENCE_MS) {
     const closed = (await ledger(url)).find(({ entry }) => entry.Closed);
     return closed?.entry.Closed.weights;
   }, patience_ms);
+}
+
+/** The page of the host as a person sees it. Whatever it should not do fails the test. */
+export async function openPage(t, browser, url, view, context) {
+  const own = context ?? (await browser.newContext());
+  const page = await own.newPage();
+  const faults = [];
+  page.on("pageerror", (error) => faults.push(error.message));
+  page.on("console", (message) => {
+    if (process.env.VERBOSE) console.log(message.text());
+    if (/Content Security Policy/i.test(message.text())) faults.push(message.text());
+  });
+  const { host } = new URL(url);
+  page.on("request", (request) => new URL(request.url()).host !== host && faults.push(`request to ${request.url()}`));
+  await page.goto(`${url}/#/${view}`);
+  t.after(async () => {
+    await (context ? page.close() : own.close());
+    assert.deepEqual(faults, []);
+  });
+  const figure = async (name) => page.locator(".figures div", { hasText: name }).locator("dd").innerText();
+  return { page, context: own, figure };
+}
+
+/** Presses a button of Contribute, once it can be pressed. */
+export const press = (page, name) => page.getByRole("button", { name, exact: true }).click();
+
+/** What the diagnostics of the page say under a name. */
+export async function diagnostics(page, name) {
+  const row = page.locator(".diagnostics .pairs div", { hasText: name });
+  return until(`the diagnostics tell ${name}`, async () => (await row.count()) > 0 && row.locator("dd").textContent());
+}
+
+/** Waits until programs have so many more units in the ledger than there were. */
+export async function unitsByOthers(url, count) {
+  const done = async () => {
+    const { volunteers } = await (await fetch(`${url}/api/status`)).json();
+    return volunteers.filter(({ agent }) => !agent.startsWith("tab")).reduce((sum, { units }) => sum + units, 0);
+  };
+  const before = await done();
+  return until(`${count} units by others`, async () => (await done()) >= before + count);
 }
 
 /** A page of the host with a `Tab` in it. */
