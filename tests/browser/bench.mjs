@@ -3,17 +3,16 @@
 // WebGPU (SwiftShader in a browser without a GPU) against wgpu (lavapipe), wasm SIMD against the
 // native CPU engine; and how long a browser takes to its first accepted unit, cold and warm.
 import { execFileSync } from "node:child_process";
-import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 
 import { initSync, Chain, unit_weights } from "../../target/web/manyhands_web.js";
 import { SETTINGS, runOf, stageOf } from "./run.mjs";
-import { ROOT, ledger, openTab, startBrowser, startHost, startVolunteer, until } from "./support.mjs";
+import { ROOT, directory, ledger, openTab, startBrowser, startHost, startVolunteer, until } from "./support.mjs";
 
 const KINDS = ["Rollout", "Gradient"];
 
-const dir = mkdtempSync(join(tmpdir(), "manyhands-bench-"));
+const dir = directory();
 const runFile = join(dir, "run.toml");
 const text = runOf(2, 40)
   .replace('"nano"', '"micro"')
@@ -113,4 +112,3 @@ for (const engine of ["wasm", "webgpu"]) {
 }
 await browser.close();
 await host.stop();
-rmSync(dir, { recursive: true });

@@ -17,7 +17,7 @@ after(() => browser.close());
 
 /** A host that a tab will keep busy for as long as the test lasts, on a port that it keeps. */
 async function longRun(t) {
-  const dir = directory(t);
+  const dir = directory();
   const runFile = join(dir, "run.toml");
   writeFileSync(runFile, runOf(100_000, 1));
   const args = ["--http", `127.0.0.1:${await free()}`];

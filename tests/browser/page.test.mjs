@@ -2,27 +2,25 @@
 // wide and narrow, under its policy, and behind a reverse proxy.
 
 import assert from "node:assert/strict";
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";
-import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
 
 import { RUN } from "./page-run.mjs";
-import { startBrowser, startHost, startVolunteer, until } from "./support.mjs";
+import { directory, startBrowser, startHost, startVolunteer, until } from "./support.mjs";
 
 const AXE = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 const WIDTHS = { desktop: { width: 1280, height: 900 }, phone: { width: 390, height: 844 } };
 const VIEWS = ["contribute", "run", "ledger"];
 
-let dir;
 let host;
 let browser;
 
 const api = async (path) => (await fetch(host.url + path)).json();
 
 before(async () => {
-  dir = mkdtempSync(join(tmpdir(), "manyhands-page-"));
+  const dir = directory();
   writeFileSync(join(dir, "run.toml"), RUN);
   host = await startHost({ runFile: join(dir, "run.toml"), dir: join(dir, "host") });
   const volunteer = startVolunteer({ url: host.url, dir: join(dir, "volunteer") });
@@ -33,7 +31,6 @@ before(async () => {
 after(async () => {
   await browser?.close();
   await host?.stop();
-  rmSync(dir, { recursive: true, force: true });
 });
 
 // A page that notes whatever should not happen.

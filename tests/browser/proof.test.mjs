@@ -10,7 +10,7 @@ import { directory, finalWeights, ledger, openPage, startBrowser, startHost, sta
 
 let browser, host, records;
 before(async () => {
-  const dir = directory({ after });
+  const dir = directory();
   const runFile = join(dir, "run.toml");
   writeFileSync(runFile, runOf(2, 3));
   browser = await startBrowser({ webgpu: true });

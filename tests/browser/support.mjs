@@ -18,7 +18,7 @@ const DIGEST = /DIGEST: &str = "(\w+)"/.exec(
 
 export const ROOT = fileURLToPath(new URL("../..", import.meta.url));
 // Nothing here takes so long on two busy cores.
-export const PATIENCE_MS = 240_000;
+export const PATIENCE_MS = Number(process.env.PATIENCE_MS ?? 240_000);
 const LOOK_MS = 100;
 
 /** The program: what MANYHANDS names, or the newest that was built. */
@@ -29,10 +29,18 @@ function program() {
   return built.sort((a, b) => statSync(b).mtimeMs - statSync(a).mtimeMs)[0];
 }
 
-/** A directory that goes with the test. */
-export function directory(test) {
+// Programs first: they write into the directories.
+const programs = new Set();
+const directories = new Set();
+process.once("exit", () => {
+  programs.forEach((child) => child.kill("SIGKILL"));
+  directories.forEach((dir) => rmSync(dir, { recursive: true, force: true, maxRetries: 5 }));
+});
+
+/** A directory that goes with the process. */
+export function directory() {
   const dir = mkdtempSync(join(tmpdir(), "manyhands-browser-"));
-  test.after(() => rmSync(dir, { recursive: true, force: true }));
+  directories.add(dir);
   return dir;
 }
 
@@ -64,8 +72,9 @@ function start(args, log) {
   const stop = async (signal = "SIGKILL") => {
     if (child.exitCode === null && child.signalCode === null) child.kill(signal);
     await ended;
+    programs.delete(child);
   };
-  process.once("exit", () => child.kill("SIGKILL"));
+  programs.add(child);
   return { pid: child.pid, stop, ended };
 }
 
@@ -164,11 +173,11 @@ export async function diagnostics(page, name) {
   return until(`the diagnostics tell ${name}`, async () => (await row.count()) > 0 && row.locator("dd").textContent());
 }
 
-/** Waits until programs have so many more units in the ledger than there were. */
+/** Waits until programs that are there have so many more units in the ledger than they had. */
 export async function unitsByOthers(url, count) {
   const done = async () => {
     const { volunteers } = await (await fetch(`${url}/api/status`)).json();
-    return volunteers.filter(({ agent }) => !agent.startsWith("tab")).reduce((sum, { units }) => sum + units, 0);
+    return volunteers.filter(({ agent }) => agent.startsWith("manyhands")).reduce((sum, { units }) => sum + units, 0);
   };
   const before = await done();
   return until(`${count} units by others`, async () => (await done()) >= before + count);

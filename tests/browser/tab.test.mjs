@@ -11,8 +11,8 @@ import {
 } from "./support.mjs";
 
 /** A file of the run and the weights that one machine comes to. */
-async function prepare(test) {
-  const dir = directory(test);
+async function prepare() {
+  const dir = directory();
   const runFile = join(dir, "run.toml");
   // All units are audited, so that those of both kinds are.
   writeFileSync(runFile, runOf(2, 6, 1000));
@@ -27,7 +27,7 @@ after(() => Promise.all([webgpu.close(), plain.close()]));
 
 /** A tab, a native volunteer and a host train together. */
 async function trainTogether(t, browser, kind) {
-  const { dir, runFile, alone } = await prepare(t);
+  const { dir, runFile, alone } = await prepare();
   const host = await startHost({ runFile, dir: join(dir, "host") });
   t.after(() => host.stop());
   const tab = await openTab(browser, host.url);
