@@ -36,9 +36,12 @@ function serve(engine, port) {
       const bytes = await engine.compute(unit, progress);
       const done = performance.now();
       const busy_ms = done - started;
-      // A duty of a half rests as long as it worked.
-      if (duty < 1) await pause(busy_ms * (1 / duty - 1));
-      const rest_ms = performance.now() - done;
+      let rest_ms = 0;
+      if (duty < 1) {
+        // A duty of a half rests as long as it worked.
+        await pause(busy_ms * (1 / duty - 1));
+        rest_ms = performance.now() - done;
+      }
       port.postMessage({ computed: part, bytes, busy_ms, rest_ms, submissions: engine.submissions() }, [bytes.buffer]);
     },
   };
