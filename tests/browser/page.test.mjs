@@ -95,6 +95,10 @@ test("the run shows what the API says, and every chart has its data", async () =
   const reward = Math.round(100 * status.last_step.reward);
   assert.match(await view.locator("figure").first().locator(".readout").innerText(), new RegExp(`step ${reward}`));
   await view.getByRole("row", { name: new RegExp(status.volunteers[0].peer.slice(0, 10)) }).waitFor();
+  // The volunteer has left, and only it had said that it is a program.
+  const kind = (name) => view.getByRole("row", { name }).locator("td").allInnerTexts();
+  const [program, gone] = [await kind(/^The program/), await kind(/^Not here now/)];
+  assert.deepEqual([program[1], program.at(-1), gone[1], gone.at(-1) !== "0"], ["0", "0", "0", true]);
   assert.match(await view.getByText("Audits so far").locator("..").innerText(), new RegExp(String(status.verification.audits)));
   await close();
 });

@@ -131,7 +131,7 @@ impl TabEngine {
             (Any::Gpu(Box::new(bench)), report, speed)
         } else {
             let bench = Bench::new(Cpu::new(suite::constants(), 1, None));
-            let report = bench.prove("wasm", format!("wasm ({})", Path::best())).await?;
+            let report = bench.prove("wasm", Path::best().to_string()).await?;
             let cpu = Cpu::new(probe.constants(), 1, None);
             let speed = speed::measure(&cpu, &probe).await.map_err(error)?;
             (Any::Cpu(bench), report, speed)
