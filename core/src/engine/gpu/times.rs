@@ -6,7 +6,8 @@ use serde::Serialize;
 /// Times of one millisecond each are told apart up to this; what is longer shares the last place.
 const MS_MAX: usize = 1000;
 
-/// How long submissions held the device since the model was set, milliseconds.
+/// How long submissions held the device since the model was set, milliseconds. Those that the
+/// driver tells of at the same moment share their time by what was expected of them.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct SubmissionTimes {
     /// Submissions that ran kernels which were compiled before.
