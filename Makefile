@@ -58,9 +58,9 @@ wasm: tab
 	@.ci/packages node
 	node web/conformance.mjs target/web
 
-# A tab, a native volunteer and a host in a real browser; a software adapter stands in for a GPU.
+# A tab, a native volunteer and a host in real browsers; software adapters stand in for a GPU.
 browser: tab
-	@.ci/packages cc node browser proxy
+	@.ci/packages cc node vulkan browser firefox proxy
 	cd tests/browser && npm ci --silent --no-audit --no-fund --ignore-scripts
 	cargo build --locked --workspace --exclude manyhands-glue --all-features --bin manyhands
 	node --test --test-concurrency=1 tests/browser/

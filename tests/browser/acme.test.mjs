@@ -104,7 +104,7 @@ function ask(port, ca) {
 }
 
 test("a host with --domain obtains its certificate, and keeps it for the next start", async (t) => {
-  const dir = directory(t);
+  const dir = directory();
   const runFile = join(dir, "run.toml");
   writeFileSync(runFile, RUN);
   const authority = new Authority(dir);

@@ -6,7 +6,7 @@ import { after, before, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 
 import { SETTINGS, assertNothingTwice, runOf, unitsOf } from "./run.mjs";
-import { directory, free, ledger, openTab, startBrowser, startHost } from "./support.mjs";
+import { directory, free, ledger, openTab, startBrowser, startHost, until } from "./support.mjs";
 
 /** How long the host is away. */
 const AWAY_MS = 20_000;
@@ -17,7 +17,7 @@ after(() => browser.close());
 
 /** A host that a tab will keep busy for as long as the test lasts, on a port that it keeps. */
 async function longRun(t) {
-  const dir = directory(t);
+  const dir = directory();
   const runFile = join(dir, "run.toml");
   writeFileSync(runFile, runOf(100_000, 1));
   const args = ["--http", `127.0.0.1:${await free()}`];
@@ -69,6 +69,33 @@ test("a host that is away for a while is found again, and so is a tab that is re
   assert.ok(state.accepted <= units.size, "no more credit than the ledger gives");
 });
 
+test("a machine that sleeps loses the unit in hand at most", async (t) => {
+  const { host } = await longRun(t);
+  const own = await startBrowser({ webgpu: false });
+  const tab = await openTab(own, host.url);
+  t.after(() => own.close());
+  await tab.start({ ...SETTINGS, engine: "wasm" });
+  const { peer } = await tab.until("a unit is accepted", (state) => state.accepted > 0);
+  await tab.until("a unit is in hand", (state) => state.unit !== null);
+  const devtools = await own.newBrowserCDPSession();
+  const { processInfo } = await devtools.send("SystemInfo.getProcessInfo");
+  const renderers = processInfo.filter(({ type }) => type === "renderer").map(({ id }) => id);
+  assert.ok(renderers.length > 0);
+  renderers.forEach((pid) => process.kill(pid, "SIGSTOP"));
+  try {
+    await until("the host gives its work up", async () => {
+      const { volunteers } = await (await fetch(`${host.url}/api/status`)).json();
+      const own = volunteers.find((v) => v.peer === peer);
+      return own.leases === 0;
+    });
+  } finally {
+    renderers.forEach((pid) => process.kill(pid, "SIGCONT"));
+  }
+  await goesOn(tab, "after it woke up");
+  assert.equal((await tab.state()).peer, peer);
+  assertNothingTwice(await ledger(host.url));
+});
+
 test("a lost device is replaced, and the unit in hand begins again", async (t) => {
   const { host } = await longRun(t);
   const context = await browser.newContext();
@@ -95,6 +122,28 @@ test("a lost device is replaced, and the unit in hand begins again", async (t) =
   const state = await tab.state();
   assert.deepEqual([state.engine.kind, state.peer], ["webgpu", peer]);
   assertNothingTwice(await ledger(host.url));
+});
+
+test("weights are kept up to the cap, and make room for newer ones", async (t) => {
+  const { host } = await longRun(t);
+  const tab = await openTab(browser, host.url);
+  t.after(() => tab.close());
+  const cap = 600_000;
+  await tab.start({ ...SETTINGS, engine: "wasm", cache_mb: cap / 1e6 });
+  const { cached_bytes } = await tab.until("more came than is to be kept", (state) => state.weights_in > 2 * cap);
+  assert.ok(cached_bytes > 0 && cached_bytes <= cap, `${cached_bytes} are kept`);
+  await tab.call((tab) => tab.stop());
+  const sizes = await tab.page.evaluate(async () => {
+    const blobs = await (await navigator.storage.getDirectory()).getDirectoryHandle("blobs");
+    const sizes = [];
+    for await (const handle of blobs.values()) sizes.push((await handle.getFile()).size);
+    return sizes;
+  });
+  const sum = sizes.reduce((a, b) => a + b, 0);
+  assert.ok(sum > 0 && sum <= cap, `files of ${sizes} are kept`);
+  // What is left is enough to go on with.
+  await tab.start();
+  await goesOn(tab, "with what was kept");
 });
 
 test("kept weights are not fetched again, unless they are damaged; a full disk is no end", async (t) => {

@@ -2,27 +2,25 @@
 // wide and narrow, under its policy, and behind a reverse proxy.
 
 import assert from "node:assert/strict";
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";
-import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
 
 import { RUN } from "./page-run.mjs";
-import { startBrowser, startHost, startVolunteer, until } from "./support.mjs";
+import { directory, startBrowser, startHost, startVolunteer, until } from "./support.mjs";
 
 const AXE = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 const WIDTHS = { desktop: { width: 1280, height: 900 }, phone: { width: 390, height: 844 } };
 const VIEWS = ["contribute", "run", "ledger"];
 
-let dir;
 let host;
 let browser;
 
 const api = async (path) => (await fetch(host.url + path)).json();
 
 before(async () => {
-  dir = mkdtempSync(join(tmpdir(), "manyhands-page-"));
+  const dir = directory();
   writeFileSync(join(dir, "run.toml"), RUN);
   host = await startHost({ runFile: join(dir, "run.toml"), dir: join(dir, "host") });
   const volunteer = startVolunteer({ url: host.url, dir: join(dir, "volunteer") });
@@ -33,7 +31,6 @@ before(async () => {
 after(async () => {
   await browser?.close();
   await host?.stop();
-  rmSync(dir, { recursive: true, force: true });
 });
 
 // A page that notes whatever should not happen.
@@ -98,6 +95,10 @@ test("the run shows what the API says, and every chart has its data", async () =
   const reward = Math.round(100 * status.last_step.reward);
   assert.match(await view.locator("figure").first().locator(".readout").innerText(), new RegExp(`step ${reward}`));
   await view.getByRole("row", { name: new RegExp(status.volunteers[0].peer.slice(0, 10)) }).waitFor();
+  // The volunteer has left, and only it had said that it is a program.
+  const kind = (name) => view.getByRole("row", { name }).locator("td").allInnerTexts();
+  const [program, gone] = [await kind(/^The program/), await kind(/^Not here now/)];
+  assert.deepEqual([program[1], program.at(-1), gone[1], gone.at(-1) !== "0"], ["0", "0", "0", true]);
   assert.match(await view.getByText("Audits so far").locator("..").innerText(), new RegExp(String(status.verification.audits)));
   await close();
 });

@@ -81,7 +81,7 @@ async function look(t, url, spki) {
 }
 
 test("a host with a certificate serves https, and a volunteer joins with --ca", async (t) => {
-  const dir = directory(t);
+  const dir = directory();
   const authority = new Authority(dir);
   const pki = authority.issue(NAME);
   const host = await startHost({
@@ -99,7 +99,7 @@ test("a host with a certificate serves https, and a volunteer joins with --ca", 
 });
 
 test("behind nginx the page is secure, and a volunteer joins through its port alone", async (t) => {
-  const dir = directory(t);
+  const dir = directory();
   const authority = new Authority(dir);
   const pki = authority.issue(NAME);
   const port = await free();

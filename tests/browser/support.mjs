@@ -1,4 +1,5 @@
 // What browser tests need: a host, volunteers, a browser, and a way to wait.
+import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { existsSync, mkdtempSync, readFileSync, rmSync, statSync, openSync } from "node:fs";
@@ -17,7 +18,7 @@ const DIGEST = /DIGEST: &str = "(\w+)"/.exec(
 
 export const ROOT = fileURLToPath(new URL("../..", import.meta.url));
 // Nothing here takes so long on two busy cores.
-export const PATIENCE_MS = 240_000;
+export const PATIENCE_MS = Number(process.env.PATIENCE_MS ?? 240_000);
 const LOOK_MS = 100;
 
 /** The program: what MANYHANDS names, or the newest that was built. */
@@ -28,10 +29,18 @@ function program() {
   return built.sort((a, b) => statSync(b).mtimeMs - statSync(a).mtimeMs)[0];
 }
 
-/** A directory that goes with the test. */
-export function directory(test) {
+// Programs first: they write into the directories.
+const programs = new Set();
+const directories = new Set();
+process.once("exit", () => {
+  programs.forEach((child) => child.kill("SIGKILL"));
+  directories.forEach((dir) => rmSync(dir, { recursive: true, force: true, maxRetries: 5 }));
+});
+
+/** A directory that goes with the process. */
+export function directory() {
   const dir = mkdtempSync(join(tmpdir(), "manyhands-browser-"));
-  test.after(() => rmSync(dir, { recursive: true, force: true }));
+  directories.add(dir);
   return dir;
 }
 
@@ -63,8 +72,9 @@ function start(args, log) {
   const stop = async (signal = "SIGKILL") => {
     if (child.exitCode === null && child.signalCode === null) child.kill(signal);
     await ended;
+    programs.delete(child);
   };
-  process.once("exit", () => child.kill("SIGKILL"));
+  programs.add(child);
   return { pid: child.pid, stop, ended };
 }
 
@@ -131,6 +141,46 @@ export async function finalWeights(url, patience_ms = PATIENCE_MS) {
     const closed = (await ledger(url)).find(({ entry }) => entry.Closed);
     return closed?.entry.Closed.weights;
   }, patience_ms);
+}
+
+/** The page of the host as a person sees it. Whatever it should not do fails the test. */
+export async function openPage(t, browser, url, view, context) {
+  const own = context ?? (await browser.newContext());
+  const page = await own.newPage();
+  const faults = [];
+  page.on("pageerror", (error) => faults.push(error.message));
+  page.on("console", (message) => {
+    if (process.env.VERBOSE) console.log(message.text());
+    if (/Content Security Policy/i.test(message.text())) faults.push(message.text());
+  });
+  const { host } = new URL(url);
+  page.on("request", (request) => new URL(request.url()).host !== host && faults.push(`request to ${request.url()}`));
+  await page.goto(`${url}/#/${view}`);
+  t.after(async () => {
+    await (context ? page.close() : own.close());
+    assert.deepEqual(faults, []);
+  });
+  const figure = async (name) => page.locator(".figures div", { hasText: name }).locator("dd").innerText();
+  return { page, context: own, figure };
+}
+
+/** Presses a button of Contribute, once it can be pressed. */
+export const press = (page, name) => page.getByRole("button", { name, exact: true }).click();
+
+/** What the diagnostics of the page say under a name. */
+export async function diagnostics(page, name) {
+  const row = page.locator(".diagnostics .pairs div", { hasText: name });
+  return until(`the diagnostics tell ${name}`, async () => (await row.count()) > 0 && row.locator("dd").textContent());
+}
+
+/** Waits until programs that are there have so many more units in the ledger than they had. */
+export async function unitsByOthers(url, count) {
+  const done = async () => {
+    const { volunteers } = await (await fetch(`${url}/api/status`)).json();
+    return volunteers.filter(({ agent }) => agent.startsWith("manyhands")).reduce((sum, { units }) => sum + units, 0);
+  };
+  const before = await done();
+  return until(`${count} units by others`, async () => (await done()) >= before + count);
 }
 
 /** A page of the host with a `Tab` in it. */

@@ -34,10 +34,15 @@ function serve(engine, port) {
         port.postMessage({ progress: part, tokens });
       };
       const bytes = await engine.compute(unit, progress);
-      const elapsed = performance.now() - started;
-      // A duty of a half rests as long as it worked.
-      if (duty < 1) await pause(elapsed * (1 / duty - 1));
-      port.postMessage({ computed: part, bytes }, [bytes.buffer]);
+      const done = performance.now();
+      const busy_ms = done - started;
+      let rest_ms = 0;
+      if (duty < 1) {
+        // A duty of a half rests as long as it worked.
+        await pause(busy_ms * (1 / duty - 1));
+        rest_ms = performance.now() - done;
+      }
+      port.postMessage({ computed: part, bytes, busy_ms, rest_ms, submissions: engine.submissions() }, [bytes.buffer]);
     },
   };
   let last = Promise.resolve();

@@ -81,7 +81,13 @@ export class Tab extends EventTarget {
     first_credit_s: null,
     bytes_in: 0,
     bytes_out: 0,
+    // Of what came in, pieces of weights.
+    weights_in: 0,
     cached_bytes: 0,
+    // Of the time with work at hand, the share in which the engines computed.
+    busy_share: null,
+    // How long submissions to the graphics device took.
+    submissions: null,
     events: [],
   };
 
@@ -113,7 +119,7 @@ export class Tab extends EventTarget {
     await this.#begin();
   }
 
-  /** Ends it at once. */
+  /** Ends it at once. The host sees the connection close, and gives to others what was held. */
   stop() {
     this.#end();
     this.#set({ stage: "stopped", reason: null, unit: null, tokens_per_second: null });

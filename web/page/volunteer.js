@@ -13,6 +13,8 @@ const TRAFFIC_MS = 5_000;
 // First and longest pause before the host is asked again.
 const RETRY_MS_MIN = 500;
 const RETRY_MS_MAX = 30_000;
+// So many parts of units are the newest, when it comes to how busy the engines are.
+const PARTS = 20;
 // How long to wait for another tab of this browser to let go.
 const OTHER_TAB_MS = 8_000;
 
@@ -22,6 +24,10 @@ const today = () => new Date().toDateString();
 let volunteer, kept, files, settings, facts, loaded_ms, totals;
 let ports = [];
 let first_credit_s = null;
+// How long each of the newest parts was computed, and rested after: [busy, rest], milliseconds.
+let parts = [];
+// How long submissions to the graphics device took, as the engine says.
+let submissions = null;
 let traffic = { day: today(), bytes: 0 };
 let counted = 0;
 
@@ -58,8 +64,18 @@ function listen(port, engine) {
     if ("say" in data) say(data.say);
     else if ("loaded" in data) volunteer.loaded(data.loaded, data.made);
     else if ("progress" in data) volunteer.progress(data.progress, data.tokens);
-    else if ("computed" in data) volunteer.computed(engine, data.computed, data.bytes);
+    else if ("computed" in data) {
+      parts = [...parts, [data.busy_ms, data.rest_ms]].slice(-PARTS);
+      submissions = data.submissions ? JSON.parse(data.submissions) : null;
+      volunteer.computed(engine, data.computed, data.bytes);
+    }
   };
+}
+
+/** Of the time since work was there, the share in which the engines computed. */
+function busyShare() {
+  const [busy, rest] = parts.reduce(([a, b], [c, d]) => [a + c, b + d], [0, 0]);
+  return busy > 0 ? busy / (busy + rest) : null;
 }
 
 function takeEngines(new_ports) {
@@ -131,7 +147,8 @@ function tick() {
   }
   if (now - told_ms < TELL_MS) return;
   const { run, name, ...rest } = view;
-  const state = { ...rest, ...totals, run: { id: run, name }, first_credit_s, cached_bytes: files.bytes };
+  const measured = { first_credit_s, cached_bytes: files.bytes, busy_share: busyShare(), submissions };
+  const state = { ...rest, ...totals, ...measured, run: { id: run, name } };
   const text = JSON.stringify(state);
   if (text === told) return;
   [told, told_ms] = [text, now];

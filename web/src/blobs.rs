@@ -3,6 +3,8 @@
 //! What is kept may be whole, half fetched, or damaged: every chunk of it is checked, and only
 //! those that are wrong are fetched. So nothing has to remember how far a download came.
 
+use std::cell::Cell;
+
 use anyhow::{Result, ensure};
 use js_sys::Uint8Array;
 use manyhands_core::swarm::chunks::ChunkList;
@@ -16,8 +18,14 @@ use crate::volunteer::Outside;
 /// Largest blob that a tab takes: memory of a tab ends at a few of them.
 const TAB_BLOB_BYTES_MAX: u64 = 512 << 20;
 
-/// The blob of that hash.
-pub async fn get(link: &Link, peer: PeerKey, outside: &Outside, hash: &Hash) -> Result<Uint8Array> {
+/// The blob of that hash. Bytes that the host gives are added to `fetched`.
+pub async fn get(
+    link: &Link,
+    peer: PeerKey,
+    outside: &Outside,
+    hash: &Hash,
+    fetched: &Cell<u64>,
+) -> Result<Uint8Array> {
     let name = hash.to_string();
     let kept = outside.read_blob(&name).await.dyn_into::<Uint8Array>().ok().map(|b| b.to_vec());
     if let Some(bytes) = &kept
@@ -39,6 +47,7 @@ pub async fn get(link: &Link, peer: PeerKey, outside: &Outside, hash: &Hash) -> 
     chunks.ask(&missing[..asked]).await?;
     for &index in &missing {
         let chunk = chunks.next(index).await?;
+        fetched.set(fetched.get() + chunk.len() as u64);
         if asked < missing.len() {
             chunks.ask(&missing[asked..asked + 1]).await?;
             asked += 1;

@@ -131,7 +131,7 @@ impl TabEngine {
             (Any::Gpu(Box::new(bench)), report, speed)
         } else {
             let bench = Bench::new(Cpu::new(suite::constants(), 1, None));
-            let report = bench.prove("wasm", format!("wasm ({})", Path::best())).await?;
+            let report = bench.prove("wasm", Path::best().to_string()).await?;
             let cpu = Cpu::new(probe.constants(), 1, None);
             let speed = speed::measure(&cpu, &probe).await.map_err(error)?;
             (Any::Cpu(bench), report, speed)
@@ -172,6 +172,14 @@ impl TabEngine {
     pub fn forget(&mut self, weights: &str) {
         let Some(hash) = Hash::parse(weights) else { return };
         with_bench!(&mut self.any, |bench| drop(bench.weights.remove(&hash)));
+    }
+
+    /// How long submissions to the graphics device took, as JSON; nothing for other engines.
+    pub fn submissions(&self) -> Option<String> {
+        match &self.any {
+            Any::Cpu(_) => None,
+            Any::Gpu(bench) => serde_json::to_string(&bench.engine.submission_times()).ok(),
+        }
     }
 
     /// Computes a unit, and returns the bytes of its result. `progress` is told tokens so far.

@@ -29,7 +29,7 @@ const SPECS = {
     bands: [{ low: 2, high: 3, line: "line-1" }, { low: 5, high: 6, line: "line-3" }],
   },
   entropy: {
-    title: "Token entropy", words: "How undecided the model is at a token, nats. The band is where the run keeps it.", empty: RL, format: nats, axis: plain,
+    title: "Token entropy", words: "How undecided a token is, nats. The band is where the run keeps it.", empty: RL, format: nats, axis: plain,
     series: [{ name: "sampled", line: "line-1" }, { name: "held-out", line: "line-3", points: true }, { low: true, silent: true, line: "line-4" }, { high: true, silent: true, line: "line-4" }],
     bands: [{ low: 3, high: 4, line: "line-4" }], range: fromZero,
   },

@@ -4,6 +4,7 @@ import { run } from "../data.js";
 import { copyButton, h, hash, put, table } from "../dom.js";
 import { WITHOUT_TAB } from "../own-tab.js";
 import { bytes, big, time, whole } from "../words.js";
+import { Diagnostics } from "./diagnostics.js";
 import { Settings } from "./settings.js";
 
 const RING = 2 * Math.PI * 88;
@@ -48,6 +49,7 @@ export class Contribute {
   #title = h("h1", { id: "contribute-title" }, "Lend a hand");
   #lead = h("p", { class: "lead" });
   #settings;
+  #diagnostics = new Diagnostics();
 
   constructor(root, opening) {
     this.root = root;
@@ -76,7 +78,7 @@ export class Contribute {
       section("What you gave", "Work counts once it was accepted, and it is yours for good: the ledger names it.", this.#given),
       section("Receipts", "Each result has a hash, announced before its bytes. Follow one into the ledger.", this.#receipts),
       section("Settings", "Changes apply at once and are kept in this browser.", this.#settings.root),
-      section("What happened here", null, this.#events),
+      section("What happened here", null, this.#events, this.#diagnostics.root),
       h("section", { class: "block" }, h("div", { class: "card program" },
         h("div", {}, h("h2", {}, "More than a tab"),
           h("p", { class: "words" }, "The program uses all of a machine, and works without a browser.")),
@@ -144,6 +146,7 @@ export class Contribute {
     this.#showEngine(s);
     this.#showGiven(s);
     this.#showEvents(s.events);
+    this.#diagnostics.show(s);
     if (s.computed !== this.#receiptsOf || Date.now() - this.#receiptsAt > RECEIPTS_EVERY_MS) {
       this.#receiptsOf = s.computed;
       this.#readReceipts();

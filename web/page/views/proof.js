@@ -6,6 +6,8 @@ import { h, hash } from "../dom.js";
 import { WITHOUT_TAB } from "../own-tab.js";
 import { fixed, whole } from "../words.js";
 
+const took = (s) => (s < 1 ? `${Math.max(1, Math.round(1000 * s))} ms` : `${fixed(s, 1)} s`);
+
 // What a person reads while and after a proof. One at a time.
 class Outcome {
   root = h("div", { class: "outcome", role: "status" });
@@ -85,7 +87,7 @@ export function recompute(opening, text, sequence) {
       h("div", {}, h("dt", {}, "Computed here"), h("dd", {}, h("code", {}, found.computed))));
     if (found.equal) {
       outcome.say("right", "The hash is the same.", compare,
-        h("p", {}, "Your machine did the work of ", where, ` again, in ${fixed(found.seconds, 1)} s with ${found.engine}, and got the same bytes. Nobody had to be trusted.`));
+        h("p", {}, "Your machine did the work of ", where, ` again, in ${took(found.seconds)} with ${found.engine}, and got the same bytes. Nobody had to be trusted.`));
     } else {
       outcome.say("wrong", "The hash is another one.", compare,
         h("p", {}, "Your machine got other bytes than ", where, " says. One of the two computed wrongly; the other engine under Settings can tell whether it is yours."));

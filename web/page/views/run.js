@@ -104,7 +104,9 @@ export class RunView {
   }
 
   #showVolunteers(s) {
-    const kinds = [["In a tab", s.volunteers.filter(isTab)], ["The program", s.volunteers.filter((v) => !isTab(v))]];
+    // Who is not here says nothing of what it runs.
+    const kinds = [["In a tab", isTab], ["The program", (v) => v.agent && !isTab(v)], ["Not here now", (v) => !v.agent]]
+      .map(([name, test]) => [name, s.volunteers.filter(test)]);
     const count = (list, test) => whole(list.filter(test).length);
     renew(this.#kinds, table("Volunteers by kind and state",
       [{ name: "Kind" }, { name: "Connected", number: true }, { name: "Working", number: true }, { name: "Newcomers", number: true }, { name: "Trusted", number: true }, { name: "Expelled", number: true }, { name: "Credit", number: true, title: "Multiply-adds of accepted work" }],

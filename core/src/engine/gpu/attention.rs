@@ -158,9 +158,11 @@ impl Gpu {
         let heads = Heads { first: 0, step: 1, count: c.heads };
         let row_scores = (c.heads * tables.keys).max(1);
         let limit = term_limit(c.head_dim.div_ceil(BLOCK));
-        let budget = usize::try_from(self.recorder.budget()).unwrap_or(usize::MAX);
-        let rows_max =
-            (SCRATCH_BYTES / 4 / row_scores).min(budget / (row_scores * (c.head_dim + 64))).max(1);
+        let fits = |id, work_a_score| self.recorder.budget(id) / (row_scores * work_a_score);
+        let rows_max = (SCRATCH_BYTES / 4 / row_scores)
+            .min(fits(Id::AttentionProbabilities, c.head_dim + 64))
+            .min(fits(Id::AttentionForward, c.head_dim))
+            .max(1);
         for first_row in (0..q.rows).step_by(rows_max) {
             let rows = rows_max.min(q.rows - first_row);
             let chunk = Chunk { first_row, rows, keys: tables.keys };
@@ -193,7 +195,9 @@ impl Gpu {
         let d_rows = self.gradient_blocks(&d_out.data, [q.rows * c.heads, c.head_dim]);
         let (d_tokens, d_token_exponents) = self.quantize_tokens(d_out, &tables);
         let pass = Backward { gpu: self, q, cache, tables: &tables };
-        for chunk in chunks(&batch.segments, c.kv_heads) {
+        let budget = self.recorder.budget(Id::AttentionBackwardScores) / (c.head_dim + 64);
+        let entries_max = (SCRATCH_BYTES / 4).min(budget);
+        for chunk in chunks(&batch.segments, c.kv_heads, entries_max) {
             for head in 0..c.heads / c.kv_heads {
                 let (p, ds) = pass.score_gradients(chunk, head, [&d_rows.words, &d_rows.exponents]);
                 let p_by_key = pass.by_key(chunk, head, &p, ACTIVATION_BITS, 24, false);
@@ -362,15 +366,16 @@ impl Backward<'_> {
     }
 }
 
-/// Whole segments in chunks whose (rows, K, L) matrices fit the scratch size; a segment that does
-/// not fit alone is a chunk of its own.
-fn chunks(segments: &[Segment], kv_heads: usize) -> Vec<Chunk> {
+/// Whole segments in chunks whose (rows, K, L) matrices have so many entries at most; a segment
+/// that does not fit alone is a chunk of its own, because the gradient of a key is one sum over
+/// all its queries.
+fn chunks(segments: &[Segment], kv_heads: usize, entries_max: usize) -> Vec<Chunk> {
     let mut out: Vec<Chunk> = Vec::new();
     for s in segments.iter().filter(|s| s.rows > 0) {
         let keys = padded(s.rows);
         if let Some(last) = out.last_mut() {
             let (rows, keys) = (last.rows + s.rows, last.keys.max(keys));
-            if rows * kv_heads * keys * 4 <= SCRATCH_BYTES {
+            if rows * kv_heads * keys <= entries_max {
                 (last.rows, last.keys) = (rows, keys);
                 continue;
             }

@@ -14,6 +14,7 @@ mod memory;
 mod pace;
 mod product;
 mod recorder;
+mod times;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -27,6 +28,7 @@ pub use self::pace::Clock;
 pub use self::product::MatmulVariant;
 use self::product::Right;
 use self::recorder::Recorder;
+pub use self::times::SubmissionTimes;
 use super::{Batch, Constants, EngineError};
 
 /// What a device is good at.
@@ -180,8 +182,10 @@ impl Gpu {
         Self::build(recorder, variant, constants)
     }
 
-    /// An engine for another model on the same device: kernels, buffers and counters are shared.
+    /// An engine for another model on the same device: kernels, buffers and counters are shared,
+    /// the times of submissions begin anew.
     pub fn for_model(&self, constants: Constants) -> Result<Self, EngineError> {
+        self.recorder.forget_times();
         Self::build(self.recorder.clone(), self.matmul_variant(), constants)
     }
 
@@ -214,6 +218,11 @@ impl Gpu {
     /// Hands in a clock, by which submissions adapt to the device's speed.
     pub fn set_clock(&self, clock: Clock) {
         self.recorder.set_clock(clock);
+    }
+
+    /// How long submissions held the device, if there is a clock.
+    pub fn submission_times(&self) -> SubmissionTimes {
+        self.recorder.times()
     }
 
     /// Dispatches recorded so far.

@@ -84,9 +84,24 @@ impl Gpu {
         };
         let buffers = [&a.words, &a.exponents, b.words, b.exponents, &out.data];
         let row_work = b.cols * blocks * BLOCK;
-        self.by_rows(a.rows, group_rows, group_cols, b.cols, row_work, |first, groups, work| {
-            self.recorder.run_variant(id, f32_products, &uniform(first), &buffers, groups, work);
-        });
+        self.by_rows(
+            id,
+            a.rows,
+            group_rows,
+            group_cols,
+            b.cols,
+            row_work,
+            |first, groups, work| {
+                self.recorder.run_variant(
+                    id,
+                    f32_products,
+                    &uniform(first),
+                    &buffers,
+                    groups,
+                    work,
+                );
+            },
+        );
     }
 
     /// `grad (O, C) += dy^T x`, both requantised along tokens.
@@ -132,6 +147,7 @@ impl Gpu {
             &tables.segments,
         ];
         self.by_rows(
+            id,
             rows,
             group_rows,
             group_cols,
@@ -167,10 +183,11 @@ impl Gpu {
         (words, exponents)
     }
 
-    /// Cuts a product into dispatches that fit a submission's budget, each of whole row groups.
+    /// Cuts a product into dispatches that fit its kernel's budget, each of whole row groups.
     /// `run` gets the first row, the grid and the work.
     fn by_rows(
         &self,
+        id: Id,
         rows: usize,
         group_rows: u32,
         group_cols: u32,
@@ -182,8 +199,7 @@ impl Gpu {
         let columns = super::recorder::Recorder::grid(cols.div_ceil(group_cols as usize));
         let mut first = 0;
         while first < rows {
-            let budget = usize::try_from(self.recorder.budget()).unwrap_or(usize::MAX);
-            let groups = (budget / (row_work * group_rows).max(1)).max(1);
+            let groups = (self.recorder.budget(id) / (row_work * group_rows).max(1)).max(1);
             let groups = groups.min((rows - first).div_ceil(group_rows)).min(65_535);
             run(first, [columns[0], columns[1], groups as u32], groups * group_rows * row_work);
             first += groups * group_rows;

@@ -10,7 +10,8 @@ use manyhands_shaders::wgsl::{self, FAMILIES, Id, UNIFORM_BYTES, Workgroup};
 
 use super::mapped::Mapped;
 use super::memory::{Buf, Pool, size_class};
-use super::pace::{Clock, Pace};
+use super::pace::{Clock, Load, Pace};
+use super::times::SubmissionTimes;
 use crate::engine::EngineError;
 
 /// Uniform blocks of one submission; WebGPU's default alignment of offsets is 256 bytes.
@@ -33,7 +34,7 @@ struct State {
     pass: Option<wgpu::ComputePass<'static>>,
     encoder: Option<wgpu::CommandEncoder>,
     uniforms: Vec<u8>,
-    work: u64,
+    load: Load,
     dispatches: u64,
     in_flight: VecDeque<wgpu::SubmissionIndex>,
     modules: BTreeMap<usize, wgpu::ShaderModule>,
@@ -125,9 +126,19 @@ impl Recorder {
         lock(&self.pace).clock = Some(clock);
     }
 
-    /// Multiply-adds that one submission should hold at most.
-    pub(super) fn budget(&self) -> u64 {
-        lock(&self.pace).budget()
+    /// Multiply-adds of a kernel that one submission should hold at most.
+    pub(super) fn budget(&self, id: Id) -> usize {
+        usize::try_from(lock(&self.pace).budget(id)).unwrap_or(usize::MAX)
+    }
+
+    /// How long submissions took, since [`Self::forget_times`].
+    pub(super) fn times(&self) -> SubmissionTimes {
+        lock(&self.pace).times().summary()
+    }
+
+    /// Begins a new count of times.
+    pub(super) fn forget_times(&self) {
+        lock(&self.pace).forget_times();
     }
 
     /// Dispatches so far.
@@ -256,6 +267,7 @@ impl Recorder {
         if !state.pipelines.contains_key(&(id, f32_products)) {
             let pipeline = self.compile(&mut state.modules, id, f32_products);
             state.pipelines.insert((id, f32_products), pipeline);
+            state.load.compiled = true;
         }
         let Pipeline { pipeline, layout } = &state.pipelines[&(id, f32_products)];
         let group = self.device.create_bind_group(&wgpu::BindGroupDescriptor {
@@ -273,9 +285,10 @@ impl Recorder {
         pass.set_bind_group(0, &group, &[]);
         pass.dispatch_workgroups(groups[0], groups[1], groups[2]);
         state.dispatches += 1;
-        state.work += work as u64;
+        let budget = lock(&self.pace).budget(id);
+        state.load.add(id, work, budget);
         let full = state.uniforms.len() as u64 == UNIFORM_STRIDE * DISPATCHES_MAX;
-        if full || state.work >= self.budget() {
+        if full || state.load.fill() >= 1.0 {
             self.submit(state);
         }
     }
@@ -325,12 +338,12 @@ impl Recorder {
         self.queue.write_buffer(&self.arena, 0, &state.uniforms);
         state.uniforms.clear();
         let index = self.queue.submit([encoder.finish()]);
-        let work = std::mem::take(&mut state.work);
+        let load = std::mem::take(&mut state.load);
         let clock = lock(&self.pace).clock.clone();
-        if let Some(clock) = clock.filter(|_| work > 0) {
+        if let Some(clock) = clock.filter(|_| !load.is_empty()) {
             let (submitted_ms, pace) = (clock(), self.pace.clone());
             self.queue.on_submitted_work_done(move || {
-                lock(&pace).done(work, submitted_ms, clock());
+                lock(&pace).done(load, submitted_ms, clock());
             });
         }
         state.in_flight.push_back(index);
