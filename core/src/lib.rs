@@ -6,6 +6,7 @@
 pub mod checkpoint;
 pub mod conformance;
 pub mod engine;
+pub mod import;
 pub mod learn;
 pub mod model;
 mod parallel;
