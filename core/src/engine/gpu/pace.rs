@@ -46,6 +46,11 @@ impl Load {
         self.parts.values().map(|(part, _)| part).sum()
     }
 
+    /// Whether a dispatch fits beside what is there. One that is too large is alone.
+    pub(super) fn has_room(&self, work: usize, budget: u64) -> bool {
+        self.is_empty() || self.fill() + work as f64 / budget as f64 <= 1.0
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.parts.is_empty()
     }
@@ -147,10 +152,10 @@ mod tests {
         fn run(&mut self, kernels: &[(Id, f64)]) -> (f64, Load) {
             let (mut load, mut ms) = (Load::default(), 0.0);
             for &(id, rate) in kernels.iter().cycle() {
-                if load.fill() >= 1.0 {
+                let budget = self.pace.budget(id);
+                if !load.has_room(budget as usize / 8, budget) {
                     break;
                 }
-                let budget = self.pace.budget(id);
                 load.add(id, budget as usize / 8, budget);
                 ms += (budget / 8) as f64 / rate;
             }

@@ -243,6 +243,10 @@ impl Recorder {
         assert_eq!(buffers.len(), kernel.bindings.len(), "buffers of {}", kernel.name());
         let mut state = lock(&self.state);
         let state = &mut *state;
+        let budget = lock(&self.pace).budget(id);
+        if !state.load.has_room(work, budget) {
+            self.submit(state);
+        }
         let offset = state.uniforms.len() as u64;
         let block: &[u8] = bytemuck::cast_slice(uniform);
         assert!(block.len() <= UNIFORM_BYTES, "uniforms of {}", kernel.name());
@@ -285,10 +289,8 @@ impl Recorder {
         pass.set_bind_group(0, &group, &[]);
         pass.dispatch_workgroups(groups[0], groups[1], groups[2]);
         state.dispatches += 1;
-        let budget = lock(&self.pace).budget(id);
         state.load.add(id, work, budget);
-        let full = state.uniforms.len() as u64 == UNIFORM_STRIDE * DISPATCHES_MAX;
-        if full || state.load.fill() >= 1.0 {
+        if state.uniforms.len() as u64 == UNIFORM_STRIDE * DISPATCHES_MAX {
             self.submit(state);
         }
     }
