@@ -1,7 +1,9 @@
-//! Byte tokenizer of the models that are trained from nothing: a token is a byte.
+//! Between text and tokens: [`Tokenizer`], and the [`Bytes`] of the models that are trained from
+//! nothing, where a token is a byte.
 //!
 //! The control bytes 1 and 2 serve as beginning and end of sequence. A vocabulary of 128 covers
-//! ASCII, 256 everything.
+//! ASCII, 256 everything. Imported models bring their own tokenizer, which only those need who read
+//! or write text: units of work are token ids.
 
 /// Begins every sequence.
 pub const BEGIN: u32 = 1;
@@ -10,18 +12,55 @@ pub const END: u32 = 2;
 /// Smallest vocabulary that covers ASCII.
 pub const ASCII_VOCABULARY: usize = 128;
 
-/// Text that this vocabulary cannot spell.
+/// Text that cannot be spelt.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "byte {byte:#04x} at offset {offset} is outside a vocabulary of {vocabulary} byte tokens; use model.vocabulary = 256, or plain ASCII"
-)]
-pub struct EncodeError {
-    /// The byte.
-    pub byte: u8,
-    /// Where it stands.
-    pub offset: usize,
-    /// Size of the vocabulary.
+pub enum EncodeError {
+    /// A byte that is no token.
+    #[error(
+        "byte {byte:#04x} at offset {offset} is outside a vocabulary of {vocabulary} byte tokens; use model.vocabulary = 256, or plain ASCII"
+    )]
+    Byte {
+        /// The byte.
+        byte: u8,
+        /// Where it stands.
+        offset: usize,
+        /// Size of the vocabulary.
+        vocabulary: usize,
+    },
+    /// What an imported model's tokenizer or chat template says.
+    #[error("{0}")]
+    Imported(String),
+}
+
+/// What turns the prompts of problems into tokens, and completions into text.
+pub trait Tokenizer {
+    /// Tokens of a prompt, with all that a sequence begins with.
+    fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, EncodeError>;
+    /// Text of a completion; control tokens have none.
+    fn decode(&self, tokens: &[u32]) -> String;
+    /// Token that ends a completion.
+    fn end(&self) -> u32;
+}
+
+/// The byte tokenizer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bytes {
+    /// Size of the model's vocabulary.
     pub vocabulary: usize,
+}
+
+impl Tokenizer for Bytes {
+    fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, EncodeError> {
+        encode_prompt(text, self.vocabulary)
+    }
+
+    fn decode(&self, tokens: &[u32]) -> String {
+        decode(tokens)
+    }
+
+    fn end(&self) -> u32 {
+        END
+    }
 }
 
 /// Tokens of `text`, without begin or end.
@@ -29,7 +68,7 @@ pub fn encode(text: &str, vocabulary: usize) -> Result<Vec<u32>, EncodeError> {
     let token = |(offset, byte): (usize, u8)| {
         let special = u32::from(byte) <= END;
         if special || usize::from(byte) >= vocabulary {
-            return Err(EncodeError { byte, offset, vocabulary });
+            return Err(EncodeError::Byte { byte, offset, vocabulary });
         }
         Ok(u32::from(byte))
     };
@@ -88,7 +127,8 @@ mod tests {
     fn encode_decode_round_trips_and_refuses_what_it_cannot_spell() {
         assert_eq!(decode(&encode_prompt("12+7=", 128).unwrap()), "12+7=");
         assert_eq!(decode(&encode("é", 256).unwrap()), "é");
-        assert_eq!(encode("aé", 128).unwrap_err().offset, 1);
-        assert_eq!(encode("\u{2}", 128).unwrap_err().byte, 2);
+        let refused = |byte, offset| Err(EncodeError::Byte { byte, offset, vocabulary: 128 });
+        assert_eq!(encode("aé", 128), refused(0xc3, 1));
+        assert_eq!(encode("\u{2}", 128), refused(2, 0));
     }
 }

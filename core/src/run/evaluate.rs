@@ -16,7 +16,7 @@ use crate::learn::scalar::mean;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
 use crate::model::generate::Request;
-use crate::model::tokenizer::{END, decode};
+use crate::model::tokenizer::Tokenizer;
 use crate::tasks::{Split, final_answer};
 
 /// Marks the random streams of evaluation, apart from those of training.
@@ -46,13 +46,15 @@ impl Examination {
     pub fn new(
         problems: &Problems,
         model: &ModelConfig,
+        tokenizer: &dyn Tokenizer,
         config: &EvalSection,
         max_new_tokens: usize,
         seed: u64,
     ) -> Result<(Self, [Work; 2]), RolloutError> {
         let draw = |i| problems.draw(i as u64, Split::HeldOut);
         let drawn: Vec<Drawn> = (0..config.problems).map(draw).collect();
-        let prompts = drawn.iter().map(|d| prompt_tokens(&d.problem, model, max_new_tokens));
+        let prompts =
+            drawn.iter().map(|d| prompt_tokens(&d.problem, model, tokenizer, max_new_tokens));
         let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
         let work = |temperature_scale: Option<i32>, samples: usize| {
             let request = |(i, prompt): (usize, &Vec<u32>)| {
@@ -67,7 +69,7 @@ impl Examination {
                 seed,
                 temperature_scale,
                 max_new_tokens: max_new_tokens as u32,
-                end: END,
+                end: tokenizer.end(),
                 requests: prompts.iter().enumerate().flat_map(request).collect(),
             }
         };
@@ -80,10 +82,11 @@ impl Examination {
     pub fn report(
         &self,
         problems: &Problems,
+        tokenizer: &dyn Tokenizer,
         weights: blake3::Hash,
         outputs: [Output; 2],
     ) -> EvalReport {
-        let [groups, greedy] = outputs.map(|output| self.rollouts(problems, output));
+        let [groups, greedy] = outputs.map(|output| self.rollouts(problems, tokenizer, output));
         let mut by_source: BTreeMap<String, Vec<&[Rollout]>> = BTreeMap::new();
         for (d, group) in self.drawn.iter().zip(&groups) {
             by_source.entry(problems.source_name(d)).or_default().push(group);
@@ -95,8 +98,11 @@ impl Examination {
         let ks = &self.config.k;
         EvalReport {
             temperature: self.config.temperature,
-            overall: pass_report(&all, ks),
-            families: by_source.iter().map(|(k, g)| (k.clone(), pass_report(g, ks))).collect(),
+            overall: pass_report(&all, ks, tokenizer),
+            families: by_source
+                .iter()
+                .map(|(k, g)| (k.clone(), pass_report(g, ks, tokenizer)))
+                .collect(),
             greedy: greedy.iter().flatten().filter(|r| is_correct(r)).count() as f64
                 / self.drawn.len() as f64,
             token_entropy: mean(&entropies),
@@ -107,14 +113,19 @@ impl Examination {
     }
 
     /// One group a problem.
-    fn rollouts(&self, problems: &Problems, output: Output) -> Vec<Vec<Rollout>> {
+    fn rollouts(
+        &self,
+        problems: &Problems,
+        tokenizer: &dyn Tokenizer,
+        output: Output,
+    ) -> Vec<Vec<Rollout>> {
         let Values::Samples(completions) = output.values else { return Vec::new() };
         let samples = completions.len() / self.drawn.len();
         let mut completions = completions.into_iter();
         let group = |d: &Drawn| {
             let own = completions.by_ref().take(samples);
             // The prompt plays no part in any figure.
-            own.map(|c| Rollout::new(Vec::new(), c, problems, d)).collect()
+            own.map(|c| Rollout::new(Vec::new(), c, problems, d, tokenizer)).collect()
         };
         self.drawn.iter().map(group).collect()
     }
@@ -126,16 +137,17 @@ pub async fn evaluate<E: Engine>(
     decoder: &Decoder<E>,
     weights: blake3::Hash,
     problems: &Problems,
+    tokenizer: &dyn Tokenizer,
     config: &EvalSection,
     max_new_tokens: usize,
     seed: u64,
     mut progress: impl FnMut(usize),
 ) -> Result<EvalReport, EvaluateError> {
     let (examination, [sampled, greedy]) =
-        Examination::new(problems, &decoder.config, config, max_new_tokens, seed)?;
+        Examination::new(problems, &decoder.config, tokenizer, config, max_new_tokens, seed)?;
     let sampled = execute(engine, decoder, &sampled, &mut progress).await?;
     let greedy = execute(engine, decoder, &greedy, |_| ()).await?;
-    Ok(examination.report(problems, weights, [sampled, greedy]))
+    Ok(examination.report(problems, tokenizer, weights, [sampled, greedy]))
 }
 
 /// Only full marks count as a pass.
@@ -143,7 +155,7 @@ fn is_correct(rollout: &Rollout) -> bool {
     rollout.reward >= 1.0
 }
 
-fn pass_report(groups: &[&[Rollout]], ks: &[usize]) -> PassReport {
+fn pass_report(groups: &[&[Rollout]], ks: &[usize], tokenizer: &dyn Tokenizer) -> PassReport {
     let correct = |g: &&[Rollout]| g.iter().filter(|r| is_correct(r)).count() as u32;
     let results: Vec<ProblemResult> = groups
         .iter()
@@ -153,7 +165,7 @@ fn pass_report(groups: &[&[Rollout]], ks: &[usize]) -> PassReport {
         .iter()
         .map(|g| {
             let answers = g.iter().map(|r| {
-                let text = decode(&r.tokens);
+                let text = tokenizer.decode(&r.tokens);
                 final_answer(&text).map(str::to_string)
             });
             answer_variety(&answers.collect::<Vec<_>>())

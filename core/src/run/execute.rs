@@ -2,14 +2,23 @@
 
 use super::work::{Output, Values, Work};
 use crate::engine::{Batch, Engine, EngineError, RowStats, SeedRow};
+use crate::model::config::ModelConfig;
 use crate::model::decoder::{Decoder, DeviceGradients};
 use crate::model::generate::{Completion, Request, Sampling, UNIT_SCALE, draw, generate};
 
 /// Rows (tokens) a micro-batch holds at most, unless a single sequence is longer. Sums are
 /// integers: how sequences are cut into micro-batches changes nothing but memory.
 pub const MICRO_BATCH_ROWS: usize = 4096;
-/// Sequences decoded at once.
-pub const SLOTS: usize = 512;
+/// Most sequences decoded at once.
+const SLOTS_MAX: usize = 512;
+/// Keys and values of all sequences that are decoded at once, in bytes.
+const CACHE_BYTES_MAX: usize = 1 << 30;
+
+/// Sequences of up to `length` tokens that are decoded at once; results do not depend on it.
+fn slots(model: &ModelConfig, length: usize) -> usize {
+    let bytes = model.layers * 2 * model.kv_width() * size_of::<i16>() * length;
+    (CACHE_BYTES_MAX / bytes.max(1)).clamp(1, SLOTS_MAX)
+}
 
 /// Computes `work`, which fits the decoder's model. `progress` is told tokens processed so far.
 pub async fn execute<E: Engine>(
@@ -21,12 +30,13 @@ pub async fn execute<E: Engine>(
     engine.take_saturations().await?;
     let values = match work {
         Work::Sample { seed, temperature_scale, max_new_tokens, end, requests } => {
+            let longest = requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0);
             let sampling = Sampling {
                 seed: *seed,
                 temperature_scale: *temperature_scale,
                 max_new_tokens: *max_new_tokens as usize,
                 end: *end,
-                slots: SLOTS,
+                slots: slots(&decoder.config, longest + *max_new_tokens as usize),
             };
             let report = |tokens: usize, _: &[Completion]| {
                 progress(tokens);

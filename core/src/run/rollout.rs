@@ -9,7 +9,7 @@ use super::problems::{Drawn, Problems};
 use crate::engine::RowStats;
 use crate::model::config::ModelConfig;
 use crate::model::generate::Completion;
-use crate::model::tokenizer::{END, EncodeError, decode, encode_prompt};
+use crate::model::tokenizer::{EncodeError, Tokenizer};
 use crate::tasks::Problem;
 
 /// Natural log of the probability of the row's target token.
@@ -66,9 +66,10 @@ impl Rollout {
         completion: Completion,
         problems: &Problems,
         drawn: &Drawn,
+        tokenizer: &dyn Tokenizer,
     ) -> Self {
-        let ended = completion.tokens.last() == Some(&END);
-        let reward = || problems.score(drawn, &decode(&completion.tokens));
+        let ended = completion.tokens.last() == Some(&tokenizer.end());
+        let reward = || problems.score(drawn, &tokenizer.decode(&completion.tokens));
         Self {
             reward: if ended { reward() } else { 0.0 },
             prompt,
@@ -85,9 +86,10 @@ impl Rollout {
 pub fn prompt_tokens(
     problem: &Problem,
     model: &ModelConfig,
+    tokenizer: &dyn Tokenizer,
     max_new_tokens: usize,
 ) -> Result<Vec<u32>, RolloutError> {
-    let prompt = encode_prompt(&problem.prompt, model.vocabulary)?;
+    let prompt = tokenizer.encode_prompt(&problem.prompt)?;
     if prompt.len() + max_new_tokens > model.context {
         let (problem, context) = (problem.prompt.clone(), model.context);
         return Err(RolloutError::TooLong { problem, prompt: prompt.len(), context });

@@ -27,7 +27,7 @@ use crate::engine::EngineError;
 use crate::learn::optimizer::{AdamWConfig, OptimizerError, UpdatePlan};
 use crate::learn::weights::{GradientScale, WeightsError};
 use crate::model::config::ModelConfig;
-use crate::model::tokenizer::EncodeError;
+use crate::model::tokenizer::{Bytes, EncodeError};
 use crate::model::weights::{Gradients, Weights};
 use learning::Learning;
 use sampling::Sampling;
@@ -200,6 +200,11 @@ impl Pipeline {
         self.config.rl.as_ref().map_or(self.model.context / 2, |rl| rl.max_new_tokens)
     }
 
+    /// What reads and writes the model's text.
+    fn tokenizer(&self) -> Bytes {
+        Bytes { vocabulary: self.model.vocabulary }
+    }
+
     /// Whether nothing is under way that a checkpoint of [`Self::state`] would lose.
     pub fn is_at_boundary(&self) -> bool {
         matches!(self.now, Now::Boundary) && self.sampling.is_empty() && self.examination.is_none()
@@ -366,6 +371,7 @@ impl Pipeline {
         let (examination, [sampled, greedy]) = Examination::new(
             &self.problems,
             &self.model,
+            &self.tokenizer(),
             &self.config.eval,
             self.max_new_tokens(),
             self.config.seed,
@@ -386,7 +392,8 @@ impl Pipeline {
         }
         let examination = self.examination.take()?;
         let [sampled, greedy] = paths.map(|p| self.take_output(p));
-        let report = examination.report(&self.problems, weights, [sampled?, greedy?]);
+        let report =
+            examination.report(&self.problems, &self.tokenizer(), weights, [sampled?, greedy?]);
         let (phase, step) = (self.state.phase, self.state.step);
         let evaluation = Evaluation { phase, step, report };
         self.state.evaluations.push(evaluation.clone());

@@ -80,7 +80,8 @@ impl Pipeline {
         sampling.prompts.clear();
         for index in indices {
             let drawn = self.problems.draw(index, Split::Train);
-            let prompt = prompt_tokens(&drawn.problem, &self.model, rl.max_new_tokens)?;
+            let prompt =
+                prompt_tokens(&drawn.problem, &self.model, &self.tokenizer(), rl.max_new_tokens)?;
             for sample in 0..rl.group_size {
                 let stream = [index as u32, (index >> 32) as u32, sample as u32];
                 requests.push(Request { prompt: prompt.clone(), stream });
@@ -112,10 +113,12 @@ impl Pipeline {
                 };
                 sampling.saturations.merge(&output.saturations);
                 let mut completions = completions.into_iter();
+                let tokenizer = self.tokenizer();
                 let group_size = self.config.rl.as_ref().map_or(1, |rl| rl.group_size);
                 for (drawn, prompt) in sampling.drawn.iter().zip(&sampling.prompts) {
                     let group = completions.by_ref().take(group_size);
-                    let rollout = |c| Rollout::new(prompt.clone(), c, &self.problems, drawn);
+                    let rollout =
+                        |c| Rollout::new(prompt.clone(), c, &self.problems, drawn, &tokenizer);
                     sampling.sampled.groups.push(group.map(rollout).collect());
                 }
                 self.select(sampling)?;
