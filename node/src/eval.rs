@@ -5,16 +5,26 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::Args;
+use manyhands_core::model::config::ModelConfig;
 use manyhands_core::model::decoder::Decoder;
-use manyhands_core::run::config::TaskSection;
+use manyhands_core::model::tokenizer::{Bytes, Tokenizer};
+use manyhands_core::run::config::{
+    CheckpointSection, EvalSection, ModelSection, RunConfig, SwarmSection, TaskSection,
+};
 use manyhands_core::run::evaluate::evaluate;
 use manyhands_core::run::report::{EvalReport, PassReport};
 use manyhands_core::tasks::Family;
 
 use crate::cli::EngineArgs;
-use crate::store::load_weights;
+use crate::store::{Origin, load_weights};
 use crate::train::open_problems;
 use crate::{engines, with_engine};
+
+/// How the scorers read answers.
+const INSTRUCTION: &str = "Think briefly. End your answer with # and the result alone.";
+
+/// Longest completion of an imported model, unless it is said.
+const IMPORTED_TOKENS: usize = 256;
 
 /// Arguments of `eval`.
 #[derive(Debug, Args)]
@@ -33,7 +43,7 @@ pub struct EvalArgs {
     /// Sampling temperature [default: as the run file says].
     #[arg(long)]
     temperature: Option<f64>,
-    /// Longest completion in tokens [default: as in training].
+    /// Longest completion in tokens [default: as in training; 256 of an imported model].
     #[arg(long)]
     max_new_tokens: Option<usize>,
     /// Evaluate on this family instead of the run's own tasks.
@@ -45,6 +55,9 @@ pub struct EvalArgs {
     /// Evaluate on this JSONL file of prompt and answer (its held-out eighth).
     #[arg(long, conflicts_with = "family")]
     jsonl: Option<String>,
+    /// What an imported model is told after each problem.
+    #[arg(long, default_value = INSTRUCTION)]
+    instruction: String,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -54,7 +67,20 @@ pub struct EvalArgs {
 
 /// Runs `eval`.
 pub fn run(args: &EvalArgs) -> Result<ExitCode> {
-    let (weights, mut config) = load_weights(&args.checkpoint)?;
+    let (weights, origin) = load_weights(&args.checkpoint)?;
+    let context = weights.config.context;
+    let (mut config, untrained, tokenizer): (_, _, Box<dyn Tokenizer>) = match origin {
+        Origin::Run(config) => {
+            (*config, context / 2, Box::new(Bytes { vocabulary: weights.config.vocabulary }))
+        }
+        Origin::Import(mut language) => {
+            if args.family.is_none() && args.jsonl.is_none() {
+                bail!("an imported model has no tasks of its own; choose --family or --jsonl");
+            }
+            language.instruction.clone_from(&args.instruction);
+            (examination(&weights.config), IMPORTED_TOKENS.min(context / 2), language)
+        }
+    };
     if args.family.is_some() || args.jsonl.is_some() {
         let level = args.family.map(|_| args.level);
         let (family, jsonl) = (args.family, args.jsonl.clone());
@@ -71,8 +97,7 @@ pub fn run(args: &EvalArgs) -> Result<ExitCode> {
     }
     config.validate()?;
     let problems = open_problems(&config, Path::new("."))?;
-    let context = weights.config.context;
-    let trained = config.rl.as_ref().map_or(context / 2, |rl| rl.max_new_tokens);
+    let trained = config.rl.as_ref().map_or(untrained, |rl| rl.max_new_tokens);
     let max_new_tokens = args.max_new_tokens.unwrap_or(trained);
     if max_new_tokens == 0 || max_new_tokens >= context {
         bail!("--max-new-tokens must lie in 1 to {}", context - 1);
@@ -88,6 +113,7 @@ pub fn run(args: &EvalArgs) -> Result<ExitCode> {
             &decoder,
             hash,
             &problems,
+            tokenizer.as_ref(),
             &config.eval,
             max_new_tokens,
             seed,
@@ -100,6 +126,26 @@ pub fn run(args: &EvalArgs) -> Result<ExitCode> {
         print!("{}", table(&report));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The run file of a model without one: tasks are named on the command line.
+fn examination(model: &ModelConfig) -> RunConfig {
+    RunConfig {
+        name: "imported".into(),
+        seed: 0,
+        model: ModelSection {
+            preset: None,
+            shape: Some(model.clone()),
+            vocabulary: model.vocabulary,
+            context: model.context,
+        },
+        tasks: Vec::new(),
+        sft: None,
+        rl: None,
+        eval: EvalSection::default(),
+        checkpoint: CheckpointSection::default(),
+        swarm: SwarmSection::default(),
+    }
 }
 
 /// A table for people.

@@ -8,6 +8,7 @@
 pub mod attack;
 pub mod bench;
 pub mod blobs;
+pub(crate) mod chat;
 pub mod cli;
 pub mod clock;
 pub mod demo;
@@ -18,7 +19,9 @@ pub mod eval;
 pub mod host;
 pub mod http;
 pub mod identity;
+pub mod import;
 pub mod join;
+pub mod language;
 pub mod local_swarm;
 pub mod net;
 pub mod plot;

@@ -16,6 +16,9 @@ use manyhands_core::model::weights::Weights;
 use manyhands_core::run::config::RunConfig;
 use manyhands_core::run::state::State;
 
+use crate::import::{self, IMPORT_FILE};
+use crate::language::Language;
+
 /// Largest checkpoint file that is read.
 const FILE_BYTES_MAX: u64 = 64 << 30;
 
@@ -109,36 +112,8 @@ impl RunDir {
         files: &BTreeMap<String, Vec<u8>>,
         keep: usize,
     ) -> Result<PathBuf> {
-        let dir = self.checkpoints();
         let target = self.checkpoint_dir(ordinal);
-        let temporary = dir.join(format!(".step-{ordinal:010}.tmp"));
-        if temporary.exists() {
-            fs::remove_dir_all(&temporary)
-                .with_context(|| format!("cannot clear {}", temporary.display()))?;
-        }
-        fs::create_dir(&temporary)
-            .with_context(|| format!("cannot make {}", temporary.display()))?;
-        let written = (|| {
-            for (name, bytes) in files {
-                write_synced(&temporary.join(name), bytes)?;
-            }
-            let json = serde_json::to_vec_pretty(manifest)?;
-            write_synced(&temporary.join(MANIFEST_FILE), &json)?;
-            sync_dir(&temporary)
-        })();
-        if let Err(error) = written {
-            // Give the space back; the error itself is what matters.
-            let _ = fs::remove_dir_all(&temporary);
-            return Err(error);
-        }
-        if target.exists() {
-            // The same step again, after a restart: equal by construction.
-            fs::remove_dir_all(&target)
-                .with_context(|| format!("cannot replace {}", target.display()))?;
-        }
-        fs::rename(&temporary, &target)
-            .with_context(|| format!("cannot move {} into place", temporary.display()))?;
-        sync_dir(&dir)?;
+        write_checkpoint(&target, manifest, files)?;
         let all = self.list()?;
         for old in &all[..all.len().saturating_sub(keep)] {
             fs::remove_dir_all(old).with_context(|| format!("cannot remove {}", old.display()))?;
@@ -226,6 +201,44 @@ impl RunDir {
     }
 }
 
+/// Writes a checkpoint as a whole: nobody ever finds a part of it. One that is there is replaced.
+pub fn write_checkpoint(
+    target: &Path,
+    manifest: &Manifest,
+    files: &BTreeMap<String, Vec<u8>>,
+) -> Result<()> {
+    let name = target.file_name().context("the checkpoint's directory has no name")?;
+    let dir = target.parent().filter(|d| *d != Path::new("")).unwrap_or(Path::new("."));
+    let temporary = dir.join(format!(".{}.tmp", name.to_string_lossy()));
+    if temporary.exists() {
+        fs::remove_dir_all(&temporary)
+            .with_context(|| format!("cannot clear {}", temporary.display()))?;
+    }
+    fs::create_dir_all(&temporary)
+        .with_context(|| format!("cannot make {}", temporary.display()))?;
+    let written = (|| {
+        for (name, bytes) in files {
+            write_synced(&temporary.join(name), bytes)?;
+        }
+        let json = serde_json::to_vec_pretty(manifest)?;
+        write_synced(&temporary.join(MANIFEST_FILE), &json)?;
+        sync_dir(&temporary)
+    })();
+    if let Err(error) = written {
+        // Give the space back; the error itself is what matters.
+        let _ = fs::remove_dir_all(&temporary);
+        return Err(error);
+    }
+    if target.exists() {
+        // The same step again, after a restart: equal by construction.
+        fs::remove_dir_all(target)
+            .with_context(|| format!("cannot replace {}", target.display()))?;
+    }
+    fs::rename(&temporary, target)
+        .with_context(|| format!("cannot move {} into place", temporary.display()))?;
+    sync_dir(dir)
+}
+
 fn read_manifest(dir: &Path) -> Result<Manifest> {
     Ok(Manifest::parse(&read_bounded(&dir.join(MANIFEST_FILE), JSON_BYTES_MAX as u64)?)?)
 }
@@ -259,7 +272,7 @@ fn newest(path: &Path) -> Result<PathBuf> {
     }
     if !path.is_dir() {
         bail!(
-            "{} is no run directory and no checkpoint; train one with `manyhands demo`",
+            "{} is no run directory and no checkpoint; train one with `manyhands demo`, or import one with `manyhands import`",
             path.display()
         );
     }
@@ -270,17 +283,31 @@ fn newest(path: &Path) -> Result<PathBuf> {
     })
 }
 
-/// Loads the weights of a run or checkpoint, and the run file that made them.
-pub fn load_weights(path: &Path) -> Result<(Weights, RunConfig)> {
+/// Where weights came from, and what reads and writes their text.
+#[derive(Debug)]
+pub enum Origin {
+    /// A run on byte tokens, with its run file.
+    Run(Box<RunConfig>),
+    /// `manyhands import`.
+    Import(Box<Language>),
+}
+
+/// Loads the weights of a run or checkpoint, and where they came from.
+pub fn load_weights(path: &Path) -> Result<(Weights, Origin)> {
     let dir = newest(path)?;
     let load = || -> Result<_> {
-        let manifest = read_manifest(&dir)?;
-        let weights = decode_weights(&read_checked(&dir, &manifest, WEIGHTS_FILE)?)?;
-        if weights.hash().to_hex().as_str() != manifest.weights {
+        let files = checkpoint_files(&dir)?;
+        let Some(weights) = files.get(WEIGHTS_FILE) else { bail!("{WEIGHTS_FILE} is missing") };
+        let weights = decode_weights(weights)?;
+        if weights.hash().to_hex().as_str() != read_manifest(&dir)?.weights {
             bail!("the weights do not have the hash that the manifest states");
         }
-        let (config, _) = load_checkpoint(&dir)?;
-        Ok((weights, config))
+        let origin = if files.contains_key(IMPORT_FILE) {
+            Origin::Import(Box::new(import::open(&files, weights.config.vocabulary)?.1))
+        } else {
+            Origin::Run(Box::new(State::load(&files)?.0))
+        };
+        Ok((weights, origin))
     };
     load().with_context(|| format!("cannot load {}", dir.display()))
 }

@@ -44,7 +44,7 @@ fn bounds(text: &str) -> BTreeSet<(String, String)> {
 #[test]
 fn every_bound_is_in_the_table_with_its_value_and_a_test() {
     let mut all = BTreeMap::new();
-    for dir in ["core/src/swarm", "node/src", "node/tests", "tests/tests"] {
+    for dir in ["core/src/import", "core/src/swarm", "node/src", "node/tests", "tests/tests"] {
         sources(dir, &mut all);
     }
     let mut missing: BTreeSet<(String, String, String)> = all
