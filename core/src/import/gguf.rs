@@ -292,7 +292,7 @@ impl<'a> Reader<'a> {
         }
         let dims = (0..count).map(|_| {
             let d = self.u64(name)?;
-            let size = Some(d).filter(|d| (1..1 << 32).contains(d)).and_then(|d| d.try_into().ok());
+            let size = usize::try_from(d).ok().filter(|_| (1..1 << 32).contains(&d));
             size.ok_or_else(|| error(name, format!("a dimension is {d}")))
         });
         let mut dims = dims.collect::<Result<Vec<usize>, _>>()?;

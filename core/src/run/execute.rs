@@ -12,12 +12,13 @@ pub const MICRO_BATCH_ROWS: usize = 4096;
 /// Most sequences decoded at once.
 const SLOTS_MAX: usize = 512;
 /// Keys and values of all sequences that are decoded at once, in bytes.
-const CACHE_BYTES_MAX: usize = 1 << 30;
+const CACHE_BYTES_MAX: u64 = 1 << 30;
 
 /// Sequences of up to `length` tokens that are decoded at once; results do not depend on it.
 fn slots(model: &ModelConfig, length: usize) -> usize {
-    let bytes = model.layers * 2 * model.kv_width() * size_of::<i16>() * length;
-    (CACHE_BYTES_MAX / bytes.max(1)).clamp(1, SLOTS_MAX)
+    let keys = (model.layers * model.kv_width() * size_of::<i16>()) as u64;
+    let bytes = 2 * keys * length as u64;
+    (CACHE_BYTES_MAX / bytes.max(1)).clamp(1, SLOTS_MAX as u64) as usize
 }
 
 /// Computes `work`, which fits the decoder's model. `progress` is told tokens processed so far.

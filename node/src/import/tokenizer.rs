@@ -109,3 +109,74 @@ fn template(id: u32, token: &str) -> Json {
         "special_tokens": special,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Tokenizer};
+
+    const TINY: &[u8] = include_bytes!("../../../tests/data/tiny/tiny.gguf");
+
+    /// The file with one key replaced.
+    fn with<'a>(key: &'a str, value: Value<'a>) -> Result<(Vec<u8>, Marks)> {
+        let mut file = Gguf::parse(TINY).unwrap();
+        file.keys.insert(key, value);
+        convert(&file)
+    }
+
+    /// Where each pre-tokenizer cuts: digits, contractions, spaces, line ends.
+    #[test]
+    fn pre_tokenizers_cut_as_their_models_were_trained() {
+        let text = "I'LL pay 12345 now!\n\n  ok";
+        let cases = [
+            ("gpt-2", "I|'|LL| pay| 12345| now|!|\n\n | ok"),
+            ("smollm", "I|'|LL| pay| |1|2|3|4|5| now|!|\n\n | ok"),
+            ("llama-bpe", "I|'LL| pay| |123|45| now|!\n\n| | ok"),
+            ("qwen2", "I|'LL| pay| |1|2|3|4|5| now|!\n\n| | ok"),
+        ];
+        for (pre, expected) in cases {
+            let (json, _) = with("tokenizer.ggml.pre", Value::Text(pre)).unwrap();
+            let tokenizer = Tokenizer::from_bytes(&json).unwrap();
+            let mut pieces = PreTokenizedString::from(text);
+            tokenizer.get_pre_tokenizer().unwrap().pre_tokenize(&mut pieces).unwrap();
+            let splits = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
+            let cut: Vec<&str> =
+                splits.iter().map(|(_, (from, to), _)| &text[*from..*to]).collect();
+            assert_eq!(cut.join("|"), expected, "{pre}");
+        }
+    }
+
+    /// A model that wants a begin token gets one, and only once.
+    #[test]
+    fn begin_token_is_added_where_the_file_says_so() {
+        let ids = |json: &[u8]| {
+            let tokenizer = Tokenizer::from_bytes(json).unwrap();
+            let ids = |special| tokenizer.encode("the", special).unwrap().get_ids().to_vec();
+            [ids(true), ids(false)]
+        };
+        let (json, marks) = with("tokenizer.ggml.add_bos_token", Value::Integer(1)).unwrap();
+        let [special, plain] = ids(&json);
+        assert_eq!(special, [&[1][..], &plain].concat());
+        assert_eq!(marks, Marks { begin: Some(1), end: 2 });
+        let (json, _) = with("tokenizer.ggml.add_bos_token", Value::Integer(0)).unwrap();
+        assert_eq!(ids(&json), [plain.clone(), plain]);
+    }
+
+    /// Keys that make no tokenizer are named.
+    #[test]
+    fn keys_that_do_not_fit_are_named() {
+        let cases = [
+            ("tokenizer.ggml.model", Value::Text("llama")),
+            ("tokenizer.ggml.pre", Value::Text("unheard-of")),
+            ("tokenizer.ggml.token_type", Value::Integers(vec![1])),
+            ("tokenizer.ggml.tokens", Value::Texts(vec!["a"; 264])),
+            ("tokenizer.ggml.merges", Value::Texts(vec!["nopair"])),
+            ("tokenizer.ggml.eos_token_id", Value::Integer(-1)),
+            ("tokenizer.ggml.bos_token_id", Value::Integer(264)),
+        ];
+        for (key, value) in cases {
+            let error = with(key, value).unwrap_err().to_string();
+            assert!(error.contains(key), "{error:?} does not name {key}");
+        }
+    }
+}

@@ -4,6 +4,7 @@
 
 #![no_main]
 
+mod foreign;
 mod memory;
 mod seeds;
 mod targets;

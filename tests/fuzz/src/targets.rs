@@ -27,7 +27,7 @@ use manyhands_core::swarm::{delta, protocol};
 use manyhands_core::tasks::reasoning_gym::extract_answer;
 use manyhands_core::tasks::{Family, Split, jsonl};
 
-use crate::seeds;
+use crate::{foreign, seeds};
 
 /// A decoder under test.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ const fn target(name: &'static str, run: fn(&[u8]) -> bool, seeds: fn() -> Vec<V
 }
 
 /// All of them.
-pub const TARGETS: [Target; 18] = [
+pub const TARGETS: [Target; 20] = [
     target("requests", requests, seeds::requests),
     target("responses", responses, seeds::responses),
     target("units", units, seeds::units),
@@ -69,6 +69,8 @@ pub const TARGETS: [Target; 18] = [
     target("run_files", run_files, seeds::run_files),
     target("problem_files", problem_files, seeds::problem_files),
     target("completions", completions, seeds::completions),
+    target("gguf", foreign::gguf, foreign::gguf_seeds),
+    target("safetensors_import", foreign::hub, foreign::hub_seeds),
 ];
 
 fn requests(bytes: &[u8]) -> bool {
