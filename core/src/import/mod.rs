@@ -2,7 +2,7 @@
 //!
 //! Pure like all of this crate, so that the fuzz targets and a tab can read the same files.
 //! [`gguf`] and [`hf`] read containers, [`dequantize`] their number formats, [`names`] finds a
-//! Llama's tensors among them, [`exact`] is the one rule by which they are rounded. [`reference`]
+//! Llama's tensors among them, [`exact`] is the one rule by which they are rounded. [`mod@reference`]
 //! runs the original in f32 and [`compare`] measures what the rounding cost; these two are reports
 //! on one machine, and nothing that is hashed depends on them.
 //!
