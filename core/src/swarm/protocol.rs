@@ -218,6 +218,9 @@ fn encode<T: Serialize>(message: &T) -> Vec<u8> {
     bincode::serde::encode_to_vec(message, bincode::config::standard()).expect("plain data")
 }
 
+/// Responses up to this length are short.
+const SHORT_BYTES: usize = 64 << 10;
+
 fn decode<T: DeserializeOwned, const MAX: usize>(bytes: &[u8]) -> Result<T, NoMessage> {
     if bytes.len() > MAX / 4 {
         return Err(NoMessage);
@@ -266,6 +269,10 @@ impl Response {
 
     /// Reads a response.
     pub fn decode(bytes: &[u8]) -> Result<Self, NoMessage> {
+        // A text is given the room that it claims: a short message must not claim much.
+        if bytes.len() <= SHORT_BYTES {
+            return decode::<_, { 16 * SHORT_BYTES }>(bytes);
+        }
         decode::<_, { 4 * RESPONSE_BYTES_MAX }>(bytes)
     }
 }
@@ -273,6 +280,19 @@ impl Response {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A short response and a long one are read alike, whatever the mix of small numbers in it.
+    #[test]
+    fn response_of_any_length_is_read() {
+        for length in [0, 1000, SHORT_BYTES - 8, SHORT_BYTES, 3 * SHORT_BYTES] {
+            let unit =
+                Response::Unit { unit: vec![1; length], accepted: vec![(Hash([0; 32]), 1); 9] };
+            assert_eq!(Response::decode(&unit.encode()), Ok(unit.clone()), "{length}");
+            let blobs = vec![Hash([0; 32]); length / 32];
+            let weights = Response::Weights { base: None, blobs };
+            assert_eq!(Response::decode(&weights.encode()), Ok(weights.clone()), "{length}");
+        }
+    }
 
     fn hello(agent: usize, speed: f64) -> Request {
         let text = |n: usize| "x".repeat(n);
