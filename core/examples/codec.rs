@@ -44,7 +44,7 @@ fn main() {
     let model = config.model().unwrap();
     let engine = Cpu::new(model.constants(), 2, None);
     let problems = Problems::open(&config, |_| Err("there are no files".into())).unwrap();
-    let state = State::new(&config, &model);
+    let state = State::new(&config, &model, None);
     let mut trainer = Trainer::new(&engine, config, problems.clone(), state).unwrap();
     for done in [0, steps] {
         while trainer.state().step < done {

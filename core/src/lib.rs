@@ -6,7 +6,10 @@
 pub mod checkpoint;
 pub mod conformance;
 pub mod engine;
+pub mod export;
 pub mod import;
+#[cfg(feature = "language")]
+pub mod language;
 pub mod learn;
 pub mod model;
 mod parallel;

@@ -7,8 +7,8 @@ use manyhands_core::engine::Engine;
 use manyhands_core::model::decoder::Decoder;
 use manyhands_core::model::tokenizer::Tokenizer;
 
-use crate::language::{Language, Message};
 use crate::sample::{SampleArgs, answer, conversation};
+use manyhands_core::language::{Language, Message, Role};
 
 /// Marks the random streams of chats.
 const STREAM: u32 = 3 << 24;
@@ -59,7 +59,7 @@ pub(crate) fn run<E: Engine>(
         match said {
             Ok(said) => {
                 let content = language.decode(&said.tokens);
-                messages.push(Message { role: "assistant", content });
+                messages.push(Message { role: Role::Assistant, content });
             }
             Err(error) => {
                 eprintln!("{error:#}; the chat begins anew");

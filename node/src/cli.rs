@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::engines::EngineChoice;
 use crate::{
-    bench, demo, doctor, donor, eval, host, import, join, receipts, replay, sample, train,
+    bench, demo, doctor, donor, eval, export, host, import, join, receipts, replay, sample, train,
 };
 
 /// Train reasoning models together, in exact arithmetic: every machine computes the same bits.
@@ -38,6 +38,8 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Bring open weights (Llama family, GGUF or safetensors) into the exact formats.
     Import(import::ImportArgs),
+    /// Hand a model back: safetensors, GGUF for llama.cpp, or a LoRA adapter by itself.
+    Export(export::ExportArgs),
     /// Let a checkpoint answer, token by token, or chat with an imported model.
     Sample(sample::SampleArgs),
     /// Check that this machine's engines give the right bits.
@@ -66,6 +68,7 @@ pub fn run() -> Result<ExitCode> {
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Import(args) => import::run(&args),
+        Command::Export(args) => export::run(&args),
         Command::Sample(args) => sample::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(&args),

@@ -12,24 +12,29 @@ use manyhands_core::run::report::{EvalReport, Phase};
 use serde_json::{Value, json};
 
 use crate::cli::{EngineArgs, program, runs_dir};
+use crate::host::read_run;
 use crate::local_swarm::LocalSwarm;
 use crate::store::{RunDir, write_atomic};
 use crate::train::{LogLine, PLOT, parse_run, read_log, train};
 
 /// The run file of the demo.
 pub const RUN: &str = include_str!("../runs/demo.toml");
-/// Honest volunteers.
-const HONEST: usize = 3;
 /// What the other one does, in a build that can.
 const ATTACK: Option<&str> = if cfg!(feature = "attacks") { Some("sign-flip") } else { None };
 
 /// Arguments of `demo`.
 #[derive(Debug, Args)]
 pub struct DemoArgs {
+    /// Another run file, instead of the demo's own.
+    #[arg(long, value_name = "FILE", conflicts_with = "seed")]
+    run: Option<PathBuf>,
     /// Seed of the run.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Directory of the run [default: runs/demo-SEED].
+    /// Honest volunteers.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=64))]
+    volunteers: u8,
+    /// Directory of the run [default: runs/demo-SEED, or runs/NAME with --run].
     #[arg(long)]
     dir: Option<PathBuf>,
     /// Write a summary to this file, as JSON.
@@ -47,24 +52,34 @@ pub struct DemoArgs {
 
 /// Runs `demo`, or goes on with it.
 pub fn run(args: &DemoArgs) -> Result<ExitCode> {
-    let mut config = parse_run(RUN).context("in the demo's run file")?;
-    config.seed = args.seed;
-    config.name = format!("demo-{}", args.seed);
+    let (config, base) = match &args.run {
+        Some(file) => (read_run(file)?, file.parent().unwrap_or(Path::new("."))),
+        None => {
+            let mut config = parse_run(RUN, Path::new(".")).context("in the demo's run file")?;
+            config.seed = args.seed;
+            config.name = format!("demo-{}", args.seed);
+            (config, Path::new("."))
+        }
+    };
     let dir = args.dir.clone().unwrap_or_else(|| runs_dir().join(&config.name));
+    let honest = usize::from(args.volunteers);
     let again = || {
-        let mut again = format!("{} demo --seed {}", program(), args.seed);
+        let mut again = match &args.run {
+            Some(file) => format!("{} demo --run {}", program(), file.display()),
+            None => format!("{} demo --seed {}", program(), args.seed),
+        };
         if let Some(dir) = &args.dir {
             again += &format!(" --dir {}", dir.display());
         }
         again + if args.solo { " --solo" } else { "" }
     };
     let summary = if args.solo {
-        let finished = train(&config, Path::new("."), &dir, &args.engine, &again())?;
+        let finished = train(&config, base, &dir, &args.engine, &again())?;
         let Some(summary) = finished else { return Ok(ExitCode::from(130)) };
         serde_json::to_value(&summary)?
     } else {
-        eprintln!("{HONEST} honest volunteers{}", ATTACK.map_or("", |_| " and one that lies"));
-        let Some(mut summary) = swarm(&config, &dir, HONEST, ATTACK, args)? else {
+        eprintln!("{honest} honest volunteers{}", ATTACK.map_or("", |_| " and one that lies"));
+        let Some(mut summary) = swarm(&config, &dir, honest, ATTACK, args)? else {
             eprintln!("saved in {}; go on with: {}", dir.display(), again());
             return Ok(ExitCode::from(130));
         };

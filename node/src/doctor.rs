@@ -58,7 +58,7 @@ struct Report {
 /// What is checked: an engine for given constants answers with (digest, problem).
 enum Check {
     Suite,
-    Vectors(Vectors),
+    Vectors(Box<Vectors>),
 }
 
 impl Check {
@@ -92,7 +92,7 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
         Some(path) => {
             let bytes = read_bounded(path, VECTORS_BYTES_MAX)?;
             let vectors = Vectors::parse(&bytes);
-            Check::Vectors(vectors.with_context(|| format!("in {}", path.display()))?)
+            Check::Vectors(Box::new(vectors.with_context(|| format!("in {}", path.display()))?))
         }
     };
     let mut results = vec![{

@@ -6,25 +6,22 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::Args;
 use manyhands_core::model::config::ModelConfig;
-use manyhands_core::model::decoder::Decoder;
 use manyhands_core::model::tokenizer::{Bytes, Tokenizer};
 use manyhands_core::run::config::{
     CheckpointSection, EvalSection, ModelSection, RunConfig, SwarmSection, TaskSection,
 };
 use manyhands_core::run::evaluate::evaluate;
+use manyhands_core::run::pipeline::EVALUATED_TOKENS_MAX;
 use manyhands_core::run::report::{EvalReport, PassReport};
 use manyhands_core::tasks::Family;
 
 use crate::cli::EngineArgs;
-use crate::store::{Origin, load_weights};
-use crate::train::open_problems;
+use crate::store::load_weights;
+use crate::train::open_sources;
 use crate::{engines, with_engine};
 
 /// How the scorers read answers.
 const INSTRUCTION: &str = "Think briefly. End your answer with # and the result alone.";
-
-/// Longest completion of an imported model, unless it is said.
-const IMPORTED_TOKENS: usize = 256;
 
 /// Arguments of `eval`.
 #[derive(Debug, Args)]
@@ -55,9 +52,13 @@ pub struct EvalArgs {
     /// Evaluate on this JSONL file of prompt and answer (its held-out eighth).
     #[arg(long, conflicts_with = "family")]
     jsonl: Option<String>,
-    /// What an imported model is told after each problem.
-    #[arg(long, default_value = INSTRUCTION)]
-    instruction: String,
+    /// What an imported model is told after each problem [default: as in training; of an import, how
+    /// the scorers read answers].
+    #[arg(long)]
+    instruction: Option<String>,
+    /// The imported model that the run trains [default: where its run file says].
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -67,25 +68,33 @@ pub struct EvalArgs {
 
 /// Runs `eval`.
 pub fn run(args: &EvalArgs) -> Result<ExitCode> {
-    let (weights, origin) = load_weights(&args.checkpoint)?;
-    let context = weights.config.context;
-    let (mut config, untrained, tokenizer): (_, _, Box<dyn Tokenizer>) = match origin {
-        Origin::Run(config) => {
-            (*config, context / 2, Box::new(Bytes { vocabulary: weights.config.vocabulary }))
+    let mut loaded = load_weights(&args.checkpoint, args.model.as_deref())?;
+    let context = loaded.weights.config.context;
+    let untrained = EVALUATED_TOKENS_MAX.min(context / 2);
+    let mut config = match &loaded.config {
+        Some(config) => config.clone(),
+        None if args.family.is_none() && args.jsonl.is_none() => {
+            bail!("an imported model has no tasks of its own; choose --family or --jsonl")
         }
-        Origin::Import(mut language) => {
-            if args.family.is_none() && args.jsonl.is_none() {
-                bail!("an imported model has no tasks of its own; choose --family or --jsonl");
-            }
-            language.instruction.clone_from(&args.instruction);
-            (examination(&weights.config), IMPORTED_TOKENS.min(context / 2), language)
-        }
+        None => examination(&loaded.weights.config),
     };
     if args.family.is_some() || args.jsonl.is_some() {
         let level = args.family.map(|_| args.level);
         let (family, jsonl) = (args.family, args.jsonl.clone());
         config.tasks = vec![TaskSection { family, level, jsonl, weight: 1 }];
     }
+    let instruction = match (&args.instruction, &loaded.config) {
+        (Some(instruction), _) => instruction.clone(),
+        (None, Some(config)) => config.model.instruction.clone(),
+        (None, None) => INSTRUCTION.into(),
+    };
+    let language: Box<dyn Tokenizer> = match loaded.language.take() {
+        Some(mut language) => {
+            language.instruction = instruction;
+            Box::new(language)
+        }
+        None => Box::new(Bytes { vocabulary: loaded.weights.config.vocabulary }),
+    };
     let eval = &mut config.eval;
     eval.problems = args.problems.unwrap_or(eval.problems);
     eval.samples = args.samples.unwrap_or(eval.samples);
@@ -96,24 +105,27 @@ pub fn run(args: &EvalArgs) -> Result<ExitCode> {
         eval.k.clone_from(&args.k);
     }
     config.validate()?;
-    let problems = open_problems(&config, Path::new("."))?;
+    let problems = open_sources(&config, Path::new("."))?;
     let trained = config.rl.as_ref().map_or(untrained, |rl| rl.max_new_tokens);
     let max_new_tokens = args.max_new_tokens.unwrap_or(trained);
     if max_new_tokens == 0 || max_new_tokens >= context {
         bail!("--max-new-tokens must lie in 1 to {}", context - 1);
     }
-    let engine =
-        engines::choose(args.engine.engine, args.engine.threads, weights.config.constants())?;
+    let engine = engines::choose(
+        args.engine.engine,
+        args.engine.threads,
+        loaded.weights.config.constants(),
+    )?;
     let report = with_engine!(&engine, |engine| {
         let engine = engine.as_ref();
-        let decoder = Decoder::new(engine, &weights);
-        let (hash, seed) = (weights.hash(), config.seed);
+        let decoder = loaded.decoder(engine);
+        let (hash, seed) = (loaded.weights.hash(), config.seed);
         pollster::block_on(evaluate(
             engine,
             &decoder,
             hash,
             &problems,
-            tokenizer.as_ref(),
+            &*language,
             &config.eval,
             max_new_tokens,
             seed,
@@ -136,6 +148,10 @@ fn examination(model: &ModelConfig) -> RunConfig {
         model: ModelSection {
             preset: None,
             shape: Some(model.clone()),
+            import: None,
+            base: None,
+            lora: None,
+            instruction: String::new(),
             vocabulary: model.vocabulary,
             context: model.context,
         },

@@ -10,15 +10,17 @@ use clap::Args;
 use indicatif::ProgressBar;
 use manyhands_core::engine::EngineError;
 use manyhands_core::engine::cpu::Cpu;
-use manyhands_core::model::decoder::Decoder;
+use manyhands_core::model::decoder::{Decoder, Loader};
 use manyhands_core::run::execute::execute;
 use manyhands_core::run::job::Version;
+use manyhands_core::run::problems::Problems;
 use manyhands_core::run::work::{Output, Work};
 use manyhands_core::swarm::coordinator::Blobs;
 use manyhands_core::swarm::ids::Hash;
 use manyhands_core::swarm::replay::{Recompute, Replay, Sources, replay};
 
 use crate::engines::thread_count;
+use crate::imported;
 use crate::remote::{Remote, RemoteRecords, is_url, trusted};
 use crate::storage::{RECORDS_READ_MAX, STORAGE_FILE, Storage};
 use crate::store::read_bounded;
@@ -109,12 +111,20 @@ fn derive(
         Share::All => Recompute::All,
     };
     let bar = ProgressBar::new(0);
-    let mut machine = Machine { threads: args.threads, engine: None, decoders: Vec::new() };
+    let mut machine = Machine {
+        threads: args.threads,
+        engine: None,
+        loader: Loader::default(),
+        decoders: Vec::new(),
+    };
     let sources = Sources {
         files: &mut |path| read_text(&args.files.join(path)).map_err(|e| format!("{e:#}")),
+        import: &mut |config, find| {
+            imported::from_blobs(config, find).map_err(|e| format!("{e:#}"))
+        },
         blobs,
         recompute,
-        execute: &mut |version, work| machine.execute(version, work),
+        execute: &mut |problems, version, work| machine.execute(problems, version, work),
         progress: &mut |done, all| {
             bar.set_length(all);
             bar.set_position(done);
@@ -212,18 +222,27 @@ impl Blobs for HostBlobs<'_> {
 struct Machine {
     threads: usize,
     engine: Option<Cpu>,
+    loader: Loader<Cpu>,
     decoders: Vec<(Arc<Version>, Decoder<Cpu>)>,
 }
 
 impl Machine {
-    fn execute(&mut self, version: &Arc<Version>, work: &Work) -> Result<Output, EngineError> {
+    fn execute(
+        &mut self,
+        problems: &Problems,
+        version: &Arc<Version>,
+        work: &Work,
+    ) -> Result<Output, EngineError> {
         let constants = version.weights.config.constants();
         let threads = thread_count(self.threads);
         let engine = self.engine.get_or_insert_with(|| Cpu::new(constants, threads, None));
         let known = self.decoders.iter().position(|(v, _)| Arc::ptr_eq(v, version));
         let (version, decoder) = match known {
             Some(i) => self.decoders.remove(i),
-            None => (version.clone(), Decoder::new(engine, &version.weights)),
+            None => {
+                let imported = problems.imported().map(AsRef::as_ref);
+                (version.clone(), self.loader.load(engine, &version.weights, imported))
+            }
         };
         let output = pollster::block_on(execute(engine, &decoder, work, |_| ()));
         self.decoders.push((version, decoder));

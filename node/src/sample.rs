@@ -16,10 +16,10 @@ use manyhands_core::tasks::Split;
 use manyhands_shaders::twin::logits::temperature_scale;
 
 use crate::cli::EngineArgs;
-use crate::language::{Language, Message};
-use crate::store::{Origin, load_weights};
-use crate::train::open_problems;
+use crate::store::load_weights;
+use crate::train::open_sources;
 use crate::{chat, engines, with_engine};
+use manyhands_core::language::{Language, Message, Role};
 
 /// Marks the random streams of samples that people ask for.
 const STREAM: u32 = 2 << 24;
@@ -38,6 +38,12 @@ pub struct SampleArgs {
     /// The prompt as token ids, separated by commas.
     #[arg(long, value_delimiter = ',', conflicts_with = "prompt")]
     prompt_ids: Vec<u32>,
+    /// Chat, with a run on an imported model.
+    #[arg(long, conflicts_with_all = ["prompt", "prompt_ids", "json"])]
+    chat: bool,
+    /// The imported model that the run trains [default: where its run file says].
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
     /// Continue the prompt as it is, without an imported model's chat template.
     #[arg(long)]
     raw: bool,
@@ -104,22 +110,24 @@ pub fn run(args: &SampleArgs) -> Result<ExitCode> {
     if !(0.05..=20.0).contains(&args.temperature) {
         bail!("--temperature must lie in 0.05 to 20; use --greedy for the most likely text");
     }
-    let (weights, origin) = load_weights(&args.checkpoint)?;
-    let vocabulary = weights.config.vocabulary;
-    let given = !args.prompt.is_empty() || !args.prompt_ids.is_empty();
-    let (text, problems) = match origin {
-        Origin::Run(config) => {
-            let problems = if given { None } else { Some(open_problems(&config, Path::new("."))?) };
-            (Text::Bytes(Bytes { vocabulary }), problems)
-        }
-        Origin::Import(language) => (Text::Imported(language), None),
+    let mut loaded = load_weights(&args.checkpoint, args.model.as_deref())?;
+    let vocabulary = loaded.weights.config.vocabulary;
+    let text = match loaded.language.take() {
+        Some(language) => Text::Imported(Box::new(language)),
+        None => Text::Bytes(Bytes { vocabulary }),
     };
+    let given = !args.prompt.is_empty() || !args.prompt_ids.is_empty() || args.chat;
+    let run = loaded.config.as_ref().filter(|_| !given);
+    let problems = run.map(|config| open_sources(config, Path::new("."))).transpose()?;
     let prompts = prompts(args, &text, problems.as_ref(), vocabulary)?;
-    let engine =
-        engines::choose(args.engine.engine, args.engine.threads, weights.config.constants())?;
+    let engine = engines::choose(
+        args.engine.engine,
+        args.engine.threads,
+        loaded.weights.config.constants(),
+    )?;
     with_engine!(&engine, |engine| {
         let engine = engine.as_ref();
-        let decoder = Decoder::new(engine, &weights);
+        let decoder = loaded.decoder(engine);
         if let (true, Text::Imported(language)) = (prompts.is_empty(), &text) {
             chat::run(engine, &decoder, language, args)?;
         }
@@ -184,7 +192,7 @@ fn prompts(
 
 /// The system's and the user's first message.
 pub(crate) fn conversation(args: &SampleArgs, prompt: &str) -> Vec<Message> {
-    let system = args.system.iter().map(|s| Message { role: "system", content: s.clone() });
+    let system = args.system.iter().map(|s| Message { role: Role::System, content: s.clone() });
     system.chain([Message::user(prompt)]).collect()
 }
 
@@ -239,5 +247,9 @@ pub(crate) fn answer<E: Engine>(
     };
     let requests = [Request { prompt: tokens.to_vec(), stream }];
     let all = generate(engine, decoder, &requests, &sampling, stream_out);
-    pollster::block_on(all)?.into_iter().next().context("one request gives one completion")
+    pollster::block_on(all)?
+        .completions
+        .into_iter()
+        .next()
+        .context("one request gives one completion")
 }

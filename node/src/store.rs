@@ -12,12 +12,15 @@ use anyhow::{Context, Result, bail};
 use manyhands_core::checkpoint::{
     JSON_BYTES_MAX, MANIFEST_FILE, Manifest, WEIGHTS_FILE, decode_weights,
 };
+use manyhands_core::engine::Engine;
+use manyhands_core::model::decoder::{Decoder, Loader};
 use manyhands_core::model::weights::Weights;
 use manyhands_core::run::config::RunConfig;
 use manyhands_core::run::state::State;
 
 use crate::import::{self, IMPORT_FILE};
-use crate::language::Language;
+use crate::imported;
+use manyhands_core::language::Language;
 
 /// Largest checkpoint file that is read.
 const FILE_BYTES_MAX: u64 = 64 << 30;
@@ -207,7 +210,19 @@ pub fn write_checkpoint(
     manifest: &Manifest,
     files: &BTreeMap<String, Vec<u8>>,
 ) -> Result<()> {
-    let name = target.file_name().context("the checkpoint's directory has no name")?;
+    let manifest = serde_json::to_vec_pretty(manifest)?;
+    let files = files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice()));
+    // The manifest comes last.
+    write_directory(target, files.chain([(MANIFEST_FILE, manifest.as_slice())]))
+}
+
+/// Writes a directory of files as a whole: nobody ever finds a part of it. One that is there is
+/// replaced.
+pub fn write_directory<'a>(
+    target: &Path,
+    files: impl IntoIterator<Item = (&'a str, &'a [u8])>,
+) -> Result<()> {
+    let name = target.file_name().context("the directory to write has no name")?;
     let dir = target.parent().filter(|d| *d != Path::new("")).unwrap_or(Path::new("."));
     let temporary = dir.join(format!(".{}.tmp", name.to_string_lossy()));
     if temporary.exists() {
@@ -220,8 +235,6 @@ pub fn write_checkpoint(
         for (name, bytes) in files {
             write_synced(&temporary.join(name), bytes)?;
         }
-        let json = serde_json::to_vec_pretty(manifest)?;
-        write_synced(&temporary.join(MANIFEST_FILE), &json)?;
         sync_dir(&temporary)
     })();
     if let Err(error) = written {
@@ -283,33 +296,61 @@ fn newest(path: &Path) -> Result<PathBuf> {
     })
 }
 
-/// Where weights came from, and what reads and writes their text.
-#[derive(Debug)]
-pub enum Origin {
-    /// A run on byte tokens, with its run file.
-    Run(Box<RunConfig>),
-    /// `manyhands import`.
-    Import(Box<Language>),
+/// A checkpoint's weights, and what they need.
+pub struct Loaded {
+    /// The weights; of a run that trains an adapter, the adapter's.
+    pub weights: Weights,
+    /// The run file; an import has none.
+    pub config: Option<RunConfig>,
+    /// What an adapter adapts.
+    pub base: Option<Weights>,
+    /// What reads and writes the text of an imported model.
+    pub language: Option<Language>,
 }
 
-/// Loads the weights of a run or checkpoint, and where they came from.
-pub fn load_weights(path: &Path) -> Result<(Weights, Origin)> {
+impl Loaded {
+    /// The weights on an engine.
+    pub fn decoder<E: Engine>(&self, engine: &E) -> Decoder<E> {
+        Loader::default().load(engine, &self.weights, self.base.as_ref())
+    }
+}
+
+/// Weights and files of a checkpoint, whole and as its manifest says.
+pub fn load_files(path: &Path) -> Result<(Weights, BTreeMap<String, Vec<u8>>)> {
     let dir = newest(path)?;
     let load = || -> Result<_> {
-        let files = checkpoint_files(&dir)?;
-        let Some(weights) = files.get(WEIGHTS_FILE) else { bail!("{WEIGHTS_FILE} is missing") };
-        let weights = decode_weights(weights)?;
+        let mut files = checkpoint_files(&dir)?;
+        let Some(weights) = files.remove(WEIGHTS_FILE) else { bail!("{WEIGHTS_FILE} is missing") };
+        let weights = decode_weights(&weights)?;
         if weights.hash().to_hex().as_str() != read_manifest(&dir)?.weights {
             bail!("the weights do not have the hash that the manifest states");
         }
-        let origin = if files.contains_key(IMPORT_FILE) {
-            Origin::Import(Box::new(import::open(&files, weights.config.vocabulary)?.1))
-        } else {
-            Origin::Run(Box::new(State::load(&files)?.0))
-        };
-        Ok((weights, origin))
+        Ok((weights, files))
     };
     load().with_context(|| format!("cannot load {}", dir.display()))
+}
+
+/// Loads the weights of a run, of a checkpoint or of an import. A run on an imported model needs
+/// that too: from `model`, else from where its run file says.
+pub fn load_weights(path: &Path, model: Option<&Path>) -> Result<Loaded> {
+    let (weights, files) = load_files(path)?;
+    let parse = || -> Result<_> {
+        if files.contains_key(IMPORT_FILE) {
+            let (_, language) = import::open(&files, weights.config.vocabulary)?;
+            return Ok((None, None, Some(language)));
+        }
+        let config = State::load(&files)?.0;
+        let Some(from) = &config.model.import else { return Ok((Some(config), None, None)) };
+        let dir = model.map_or_else(|| PathBuf::from(from), Path::to_path_buf);
+        let (base, language) = imported::read(&config, &dir).with_context(|| {
+            format!("the run trains the imported model {from}; say with --model where it is")
+        })?;
+        let base = weights.config.adapter.is_some().then_some(base);
+        Ok((Some(config), base, Some(language)))
+    };
+    let (config, base, language) =
+        parse().with_context(|| format!("cannot load {}", path.display()))?;
+    Ok(Loaded { weights, config, base, language })
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::cli::{EngineArgs, program, runs_dir};
 use crate::store::{RunDir, read_bounded, write_atomic};
 use crate::view::{View, eval_line, phase_name};
-use crate::{engines, plot, with_engine};
+use crate::{engines, imported, plot, with_engine};
 
 /// Log of steps and evaluations in a run's directory.
 pub const LOG: &str = "log.jsonl";
@@ -97,9 +97,9 @@ pub struct BeforeAfter {
     pub after: Option<manyhands_core::learn::passk::Interval>,
 }
 
-/// Parses and validates a run file.
-pub fn parse_run(text: &str) -> Result<RunConfig> {
-    let config: RunConfig = toml::from_str(text)?;
+/// Parses and validates a run file; paths in it start from `base`.
+pub fn parse_run(text: &str, base: &Path) -> Result<RunConfig> {
+    let config = imported::resolve(toml::from_str(text)?, base)?;
     config.validate()?;
     Ok(config)
 }
@@ -108,9 +108,9 @@ pub fn parse_run(text: &str) -> Result<RunConfig> {
 pub fn run(args: &TrainArgs) -> Result<ExitCode> {
     let text = read_bounded(&args.run, TEXT_BYTES_MAX)?;
     let text = String::from_utf8(text).context("the run file is not UTF-8")?;
-    let config = parse_run(&text).with_context(|| format!("in {}", args.run.display()))?;
-    let dir = args.dir.clone().unwrap_or_else(|| runs_dir().join(&config.name));
     let base = args.run.parent().unwrap_or(Path::new("."));
+    let config = parse_run(&text, base).with_context(|| format!("in {}", args.run.display()))?;
+    let dir = args.dir.clone().unwrap_or_else(|| runs_dir().join(&config.name));
     let again = format!("{} train {}", program(), args.run.display());
     let finished = train(&config, base, &dir, &args.engine, &again)?;
     let Some(summary) = finished else { return Ok(ExitCode::from(INTERRUPTED)) };
@@ -122,14 +122,23 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Opens the problems of a run; paths of JSONL files are relative to `base`.
-pub fn open_problems(config: &RunConfig, base: &Path) -> Result<Problems> {
+/// Opens the problems of a run; paths of JSONL files start from `base`.
+pub fn open_sources(config: &RunConfig, base: &Path) -> Result<Problems> {
     let read = |path: &str| {
         let path = base.join(path);
         let bytes = read_bounded(&path, TEXT_BYTES_MAX).map_err(|e| format!("{e:#}"))?;
         String::from_utf8(bytes).map_err(|_| format!("{} is not UTF-8", path.display()))
     };
     Ok(Problems::open(config, read)?)
+}
+
+/// Opens the problems of a run, and the imported model that it trains.
+pub fn open_problems(config: &RunConfig, base: &Path) -> Result<Problems> {
+    let problems = open_sources(config, base)?;
+    Ok(match imported::open(config, base)? {
+        Some(imported) => problems.with_model(imported),
+        None => problems,
+    })
 }
 
 /// Trains to the end, from the newest checkpoint in `dir` if there is one. `None`: interrupted,
@@ -150,7 +159,7 @@ pub fn train(
             dir.display()
         ),
         Some((_, state)) => (state, true),
-        None => (State::new(config, &model), false),
+        None => (State::new(config, &model, problems.initial(&model)), false),
     };
     // A second handler (a second run in one process) is no error: the flag is the same.
     let _ = ctrlc::set_handler(|| {
@@ -326,8 +335,12 @@ mod tests {
         for entry in std::fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
             let text = std::fs::read_to_string(&path).unwrap();
-            let config = parse_run(&text).unwrap_or_else(|e| panic!("{}: {e:#}", path.display()));
-            open_problems(&config, Path::new(".")).unwrap();
+            let parsed: RunConfig = toml::from_str(&text).unwrap();
+            if parsed.model.import.is_none() {
+                let config = parse_run(&text, Path::new("."));
+                let config = config.unwrap_or_else(|e| panic!("{}: {e:#}", path.display()));
+                open_problems(&config, Path::new(".")).unwrap();
+            }
             count += 1;
         }
         assert!(count >= 3);
@@ -337,14 +350,14 @@ mod tests {
         /// Whatever a run file holds, it is refused with a reason or it is valid.
         #[test]
         fn parse_run_never_panics(text in any::<String>(), at in any::<prop::sample::Index>(), len in 0_usize..40) {
-            let _ = parse_run(&text);
+            let _ = parse_run(&text, Path::new("."));
             let mut broken = crate::demo::RUN.to_string();
             let start = at.index(broken.len());
             let end = broken.len().min(start + len);
             if broken.is_char_boundary(start) && broken.is_char_boundary(end) {
                 broken.replace_range(start..end, &text);
             }
-            if let Ok(config) = parse_run(&broken) {
+            if let Ok(config) = parse_run(&broken, Path::new(".")) {
                 prop_assert!(config.validate().is_ok());
             }
         }

@@ -148,6 +148,7 @@ pub enum Id {
     QuantizeRows,
     QuantizeTokens,
     QuantizeTokensBlocks,
+    QuantizeTranspose,
     RmsnormForward,
     RmsnormBackward,
     RmsnormBackwardGain,
@@ -197,7 +198,7 @@ const fn tiled(k: Kernel) -> Kernel {
 }
 
 /// Every kernel, in the order of [`Id`].
-pub const KERNELS: [Kernel; 30] = [
+pub const KERNELS: [Kernel; 31] = [
     counting(kernel(0, "product", &[3, 4, 5, 6, 7])),
     counting(kernel(0, "product_row", &[3, 4, 5, 6, 7])),
     counting(kernel(0, "weight_gradient", &[3, 4, 5, 6, 7, 8, 9])),
@@ -206,6 +207,7 @@ pub const KERNELS: [Kernel; 30] = [
     kernel(2, "rows", &[3, 6, 7]),
     kernel(2, "tokens", &[3, 5, 6, 7]),
     kernel(2, "tokens_blocks", &[3, 4, 5, 6, 7]),
+    kernel(2, "transpose", &[3, 6]),
     counting(kernel(3, "forward", &[3, 4, 5, 6, 7, 8])),
     counting(kernel(3, "backward", &[3, 4, 5, 6, 7])),
     counting(kernel(3, "backward_gain", &[3, 5, 7, 8])),

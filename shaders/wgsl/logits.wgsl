@@ -9,7 +9,7 @@
 //   8): token, t, Z low, Z high, M low, M high, greedy, max; seeds (N) of (target, weight, entropy
 //   weight, entropy center); out (N, V) in FX(20).
 // Dispatch: stats: x and y together count rows, a workgroup owns one; seed: one invocation an
-//   element, x and y together count groups of LANES.
+//   element, x and y together count groups of LANES; both from row `first_row` up to row `rows`.
 // Writes: stats, out `=`; no aliasing.
 // Numerics: Z is at most 2^41 and M at most 2^63 for 2^18 tokens: 64-bit sums, exact in any order.
 // Twin: shaders/src/twin/logits.rs
@@ -24,6 +24,7 @@ struct Params {
     rows: u32,
     cols: u32,
     scale: i32,
+    first_row: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -61,7 +62,7 @@ fn stats(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let row = group.y * groups.x + group.x;
+    let row = p.first_row + group.y * groups.x + group.x;
     if (row >= p.rows) {
         return;
     }
@@ -148,7 +149,7 @@ fn seed(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let id = (group.y * groups.x + group.x) * LANES + lane;
+    let id = p.first_row * p.cols + (group.y * groups.x + group.x) * LANES + lane;
     if (id >= p.rows * p.cols) {
         return;
     }

@@ -1,14 +1,17 @@
-// Quantisation to block floating point: along channels, and along tokens for weight gradients.
+// Quantisation to block floating point: along channels, and along tokens for weight gradients;
+// and the transposition of weights, whose tiles serve both directions.
 //
 // Equations: a block of 32 values x_i * 2^e_i becomes mantissas m_i = clamp(rne(x_i, E - e_i)) of
 //   `bits` bits under one exponent E (see `quantize_block`).
 //   rows:          blocks along the channels of x (R, C) in FX(fraction)
 //   tokens:        blocks of 32 tokens of one segment, of x (N, C) in FX(fraction)
 //   tokens_blocks: the same of a matrix (N, C) that is in blocks along channels already
+//   transpose:     words[c, r] = source[r, c]
 // Shapes: x (R, C); source (N, C/2 padded) words with source_exponents (N, C/32); token_blocks (B,
 //   2): first row and number of rows of a block; words (R, C/2 padded) or (C, B * 16),
-//   exponents (R, C/32) or (C, B).
-// Dispatch: one invocation a block, channels fastest; x and y together count groups of LANES.
+//   exponents (R, C/32) or (C, B). transpose: R and C whole blocks, source (R, C/2), words (C, R/2).
+// Dispatch: one invocation a block, channels fastest; transpose: one a square of 2 x 2, channels
+//   fastest, from row 2 `first_square`; x and y together count groups of LANES.
 // Writes: words `=`, exponents `=`; no aliasing.
 // Numerics: |x| <= LIM; exponents stay within i8; padding is mantissa 0. Nothing can saturate.
 // Twin: shaders/src/bfp.rs (`Bfp::from_rows`), shaders/src/twin/matmul.rs (`weight_gradient`)
@@ -22,6 +25,7 @@ struct Params {
     fraction: i32,
     col_blocks: u32,
     token_blocks: u32,
+    first_square: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -97,6 +101,26 @@ fn tokens_blocks(
         }
     }
     write(col * p.token_blocks + id / p.cols, quantize_mixed_block(p.bits));
+}
+
+@compute @workgroup_size(LANES)
+fn transpose(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let width = p.cols / 2u;
+    let height = p.rows / 2u;
+    let id = p.first_square * width + (group.y * groups.x + group.x) * LANES + lane;
+    if (id >= width * height) {
+        return;
+    }
+    let pair = id % width;
+    let row = id / width;
+    let upper = source[2u * row * width + pair];
+    let lower = source[(2u * row + 1u) * width + pair];
+    words[2u * pair * height + row] = (upper & 0xffffu) | (lower << 16u);
+    words[(2u * pair + 1u) * height + row] = (upper >> 16u) | (lower & 0xffff0000u);
 }
 
 fn write(at: u32, exponent: i32) {

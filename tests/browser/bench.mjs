@@ -40,7 +40,7 @@ const tasks = [];
 for (const [i, unit] of units.entries()) {
   const bytes = await blob(unit.unit);
   const weights = unit_weights(bytes, chain.model());
-  const blobs = await Promise.all(chain.plan(weights).map(blob));
+  const blobs = await Promise.all(JSON.parse(chain.plan(weights)).at(-1).blobs.map(blob));
   const task = join(dir, KINDS[i].toLowerCase());
   mkdirSync(task);
   writeFileSync(join(task, "unit"), bytes);

@@ -70,8 +70,8 @@ export async function startFirefox() {
 
   const newPage = async (userContext) => {
     const { context } = await bidi.send("browsingContext.create", { type: "tab", userContext });
-    const evaluate = async (script) => {
-      const value = typeof script === "string" ? script : `(${script})()`;
+    const evaluate = async (script, argument) => {
+      const value = typeof script === "string" ? script : `(${script})(${JSON.stringify(argument)})`;
       const expression = `(async () => JSON.stringify((await ${value}) ?? null))()`;
       const found = await bidi.send("script.evaluate", { expression, target: { context }, awaitPromise: true });
       if (found.type === "exception") throw new Error(found.exceptionDetails.text);

@@ -3,6 +3,7 @@ import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { existsSync, mkdtempSync, readFileSync, rmSync, statSync, openSync } from "node:fs";
+import { createRequire } from "node:module";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -162,6 +163,17 @@ export async function openPage(t, browser, url, view, context) {
   });
   const figure = async (name) => page.locator(".figures div", { hasText: name }).locator("dd").innerText();
   return { page, context: own, figure };
+}
+
+const AXE = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
+
+/** Fails if axe finds something serious in what the page shows. */
+export async function accessible(page, what) {
+  await page.evaluate(AXE);
+  const { violations, passes } = await page.evaluate(() => globalThis.axe.run(document, { resultTypes: ["violations", "passes"] }));
+  const serious = violations.filter((v) => ["serious", "critical"].includes(v.impact));
+  assert.deepEqual(serious.map((v) => `${what}: ${v.id}: ${v.nodes[0].html}`), []);
+  assert.ok(passes.length > 15, `${passes.length} rules were checked`);
 }
 
 /** Presses a button of Contribute, once it can be pressed. */

@@ -61,7 +61,8 @@ fn main() {
         let batch = Batch::sequences([tokens.as_slice()]);
         let mut caches = decoder.caches(&engine, 1, tokens.len());
         let row = tokens.len() as u32 - 1;
-        let exact = decoder.logits(&engine, &batch, &mut caches, &[row]);
+        let h = engine.rows(&decoder.states(&engine, &batch, &mut caches), &[row]);
+        let exact = decoder.logits(&engine, &h);
         let exact = pollster::block_on(engine.read(&exact)).unwrap();
         let value = |i: usize| f64::from(exact[i]) / 65_536.0;
         let sum = (0..exact.len()).map(|i| (value(i) - value(top[0] as usize)).exp()).sum::<f64>();
@@ -81,7 +82,7 @@ fn main() {
         };
         let request = [Request { prompt: tokens, stream: [0; 3] }];
         let texts = generate(&engine, &decoder, &request, &sampling, |_, _| true);
-        let text = pollster::block_on(texts).unwrap().remove(0);
+        let text = pollster::block_on(texts).unwrap().completions.remove(0);
         let expected = ids(&prompt["greedy_ids"]);
         let same = text.tokens.iter().zip(&expected).take_while(|(a, b)| a == b).count();
         let parts = numbers(&prompt["greedy_margins"]).get(same).copied();

@@ -2,6 +2,7 @@
 //! Units are counted instead of executed; everything else that decides who gets what is the
 //! coordination peer's own code. Roll-backs are counted, not carried out.
 
+mod agenda;
 mod bytes;
 mod figures;
 mod results;

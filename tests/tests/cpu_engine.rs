@@ -8,9 +8,9 @@
 use manyhands_core::conformance::oracle::Vectors;
 use manyhands_core::engine::cpu::{Cpu, Path};
 use manyhands_core::engine::twin::Twin;
-use manyhands_core::engine::{Batch, Constants, Engine, SeedRow, Tiles};
+use manyhands_core::engine::{Back, Batch, Constants, Engine, SeedRow, Tiles};
 use manyhands_core::model::config::ModelConfig;
-use manyhands_core::model::decoder::{Decoder, DeviceGradients};
+use manyhands_core::model::decoder::{Decoder, DeviceGradients, Keep};
 use manyhands_core::model::weights::{Gradients, Weights, shapes};
 use manyhands_shaders::twin::logits::temperature_scale;
 use pollster::block_on;
@@ -160,6 +160,8 @@ fn config(
         rope_base: 10_000.0,
         rms_epsilon: 1e-5,
         tied: layers.is_multiple_of(2),
+        bias: false,
+        adapter: None,
     }
 }
 
@@ -254,13 +256,29 @@ impl Program for Ops {
         let dy = [aw, kw, kw].map(|cols| e.tensor(&r.tensor(n, cols, gbits, wild), cols));
         let mut grads = [aw, kw, kw].map(|rows| e.gradient(rows, c.width));
         for _ in 0..2 {
-            let [g0, g1, g2] = &mut grads;
-            let [d0, d1, d2] = &dy;
-            let ws = [&w[0], &w[1], &w[2]];
-            let dx = e.linear_backward([d0, d1, d2], &x, ws, &batch, [g0, g1, g2]);
+            let back = dy.iter().zip(&w).zip(&mut grads);
+            let back = back.map(|((dy, w), grad)| Back { dy, w, grad: Some(grad) }).collect();
+            let dx = e.linear_backward(&x, &batch, back);
             read(e, out, "linear_backward", &dx);
             read_saturations(e, out, "linear_backward");
         }
+        // What is not trained passes gradients on, and has none.
+        let mut back = dy.iter().zip(&w).map(|(dy, w)| Back { dy, w, grad: None });
+        let back: Vec<_> = back.by_ref().collect();
+        let dx = e.linear_backward(&x, &batch, back);
+        read(e, out, "linear_backward, frozen", &dx);
+        let [first, second, _] = &mut grads;
+        let back = vec![
+            Back { dy: &dy[0], w: &w[0], grad: None },
+            Back { dy: &dy[1], w: &w[1], grad: Some(second) },
+        ];
+        read(e, out, "linear_backward, one frozen", &e.linear_backward(&x, &batch, back));
+        read_gradient(e, out, "grad q, frozen", first);
+        read_saturations(e, out, "linear_backward, frozen");
+        // A product of a product, as an adapter's.
+        let [z] = e.linear(&e.blocks(&dx), [&w[0]]);
+        read(e, out, "linear of blocks", &z);
+        read_saturations(e, out, "linear of blocks");
         for (name, g) in ["grad q", "grad k", "grad v"].iter().zip(&grads) {
             read_gradient(e, out, name, g);
         }
@@ -268,9 +286,12 @@ impl Program for Ops {
         let mut gain_grad = e.gradient(1, c.width);
         let dn = e.tensor(&r.tensor(n, c.width, gbits, wild), c.width);
         let dh = e.tensor(&r.tensor(n, c.width, gbits, wild), c.width);
-        let dx = e.rmsnorm_backward(&dn, &norm, &gain, &mut gain_grad, None);
+        let dx = e.rmsnorm_backward(&dn, &norm, &gain, Some(&mut gain_grad), None);
         read(e, out, "rmsnorm_backward", &dx);
-        let dx = e.rmsnorm_backward(&dn, &norm, &gain, &mut gain_grad, Some(dh));
+        let frozen = e.tensor(&r.tensor(n, c.width, gbits, wild), c.width);
+        let frozen = e.rmsnorm_backward(&dn, &norm, &gain, None, Some(frozen));
+        read(e, out, "rmsnorm_backward, frozen", &frozen);
+        let dx = e.rmsnorm_backward(&dn, &norm, &gain, Some(&mut gain_grad), Some(dh));
         read(e, out, "rmsnorm_backward +=", &dx);
         read_gradient(e, out, "gain gradient", &gain_grad);
         read_saturations(e, out, "rmsnorm_backward");
@@ -454,8 +475,10 @@ impl Step<'_> {
     fn gradients<E: Engine>(&self, e: &E, out: &mut Record) -> Gradients {
         let config = &self.weights.config;
         let decoder = Decoder::new(e, self.weights);
-        let forward = decoder.forward(e, &self.batch);
-        read(e, out, "logits", &forward.logits);
+        let forward = decoder.forward(e, &self.batch, Keep::All);
+        let all = self.batch.pieces(usize::MAX).remove(0);
+        let head = decoder.head_forward(e, &forward.states, all);
+        read(e, out, "logits", &head.logits);
         // Seeds depend on the tokens alone, so that a sequence has the same in any batch.
         let token = |i: usize| self.batch.tokens[i];
         let seeds: Vec<SeedRow> = (0..self.batch.rows())
@@ -467,7 +490,8 @@ impl Step<'_> {
             })
             .collect();
         let mut grads = DeviceGradients::zeros(e, config);
-        decoder.backward(e, &self.batch, forward, &seeds, self.scale, &mut grads);
+        let dh = decoder.head_backward(e, head, &seeds, self.scale, &mut grads);
+        decoder.backward(e, &self.batch, forward, dh, &mut grads);
         block_on(grads.read(e)).expect("gradients")
     }
 }
@@ -533,11 +557,12 @@ fn cpu_engine_decoding_through_caches_equals_the_full_forward() {
         for threads in [1, 2] {
             let e = Cpu::new(config.constants(), threads, Some(path));
             let decoder = Decoder::new(&e, &weights);
-            let full = block_on(e.read(&decoder.forward(&e, &whole).logits)).expect("logits");
+            let full = decoder.forward(&e, &whole, Keep::All).states;
+            let full = block_on(e.read(&decoder.logits(&e, &full))).expect("logits");
             let mut caches = decoder.caches(&e, 3, 80);
             // Fill the caches with something else first: stale content must not show.
             let stale = batch(&[80, 80, 80], config.vocabulary, &mut Random(10));
-            drop(decoder.logits(&e, &stale, &mut caches, &[0]));
+            decoder.states(&e, &stale, &mut caches);
             let mut at = [0; 3];
             for step in 0.. {
                 let mut part = Batch::default();
@@ -555,8 +580,7 @@ fn cpu_engine_decoding_through_caches_equals_the_full_forward() {
                 if rows.is_empty() {
                     break;
                 }
-                let all: Vec<u32> = (0..part.rows() as u32).collect();
-                let logits = decoder.logits(&e, &part, &mut caches, &all);
+                let logits = decoder.logits(&e, &decoder.states(&e, &part, &mut caches));
                 let logits = block_on(e.read(&logits)).expect("logits");
                 for (row, got) in rows.iter().zip(logits.chunks_exact(config.vocabulary)) {
                     let expected = &full[row * config.vocabulary..][..config.vocabulary];

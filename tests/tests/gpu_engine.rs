@@ -10,7 +10,7 @@ mod gpu_support;
 use gpu_support::{Random, Scenario, Trace, blocks, same, whole, with_device, with_gpu};
 use manyhands_core::engine::gpu::{Gpu, MatmulVariant, Profile};
 use manyhands_core::engine::twin::Twin;
-use manyhands_core::engine::{Batch, Constants, Engine, SeedRow, Tiles};
+use manyhands_core::engine::{Back, Batch, Constants, Engine, SeedRow, Tiles};
 use manyhands_core::model::config::ModelConfig;
 use manyhands_shaders::twin::Saturations;
 use manyhands_shaders::twin::logits::temperature_scale;
@@ -30,6 +30,8 @@ fn config(width: usize, heads: usize, kv_heads: usize, head_dim: usize) -> Model
         rope_base: 10_000.0,
         rms_epsilon: 1e-5,
         tied: true,
+        bias: false,
+        adapter: None,
     }
 }
 
@@ -74,12 +76,25 @@ impl Scenario for Products {
         let dy = [r.values(n * o, bits), r.values(n * o, bits)].map(|d| e.tensor(&d, o));
         let mut grads: [E::Gradient; 2] = std::array::from_fn(|_| e.gradient(o, c));
         for name in ["linear_backward", "linear_backward again"] {
-            let [g0, g1] = &mut grads;
-            let dx = e.linear_backward([&dy[0], &dy[1]], &x, [&w[0], &w[1]], &batch, [g0, g1]);
+            let back = dy.iter().zip(&w).zip(&mut grads);
+            let back = back.map(|((dy, w), grad)| Back { dy, w, grad: Some(grad) }).collect();
+            let dx = e.linear_backward(&x, &batch, back);
             out.tensor(e, name, &dx).await;
-            out.gradient(e, "weight gradient 0", g0).await;
-            out.gradient(e, "weight gradient 1", g1).await;
+            out.gradient(e, "weight gradient 0", &grads[0]).await;
+            out.gradient(e, "weight gradient 1", &grads[1]).await;
         }
+        // What is not trained passes gradients on, and has none.
+        let frozen = Back { dy: &dy[0], w: &w[0], grad: None };
+        let trained = Back { dy: &dy[1], w: &w[1], grad: Some(&mut grads[1]) };
+        let dx = e.linear_backward(&x, &batch, vec![frozen, trained]);
+        out.tensor(e, "linear_backward, one frozen", &dx).await;
+        out.gradient(e, "weight gradient 0, frozen", &grads[0]).await;
+        out.gradient(e, "weight gradient 1", &grads[1]).await;
+        let frozen = vec![Back { dy: &dy[0], w: &w[0], grad: None }];
+        out.tensor(e, "linear_backward, frozen", &e.linear_backward(&x, &batch, frozen)).await;
+        // A product of a product, as an adapter's.
+        let [z] = e.linear(&e.blocks(&y[0]), [&e.weight(&r.tiles(c, o, self.extreme))]);
+        out.tensor(e, "linear of blocks", &z).await;
         out.saturations(e, "products").await;
     }
 }
@@ -134,7 +149,7 @@ impl Scenario for Norms {
         for (name, bits, dh_bits) in [("small", 16, None), ("large", 30, Some(30))] {
             let dn = e.tensor(&r.values(n * c, bits), c);
             let dh = dh_bits.map(|b| e.tensor(&r.values(n * c, b), c));
-            let dh = e.rmsnorm_backward(&dn, &norm, &gain, &mut grad, dh);
+            let dh = e.rmsnorm_backward(&dn, &norm, &gain, Some(&mut grad), dh);
             out.tensor(e, name, &dh).await;
             out.gradient(e, "gain", &grad).await;
         }

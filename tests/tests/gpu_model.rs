@@ -9,7 +9,7 @@ use manyhands_core::engine::gpu::{Gpu, MatmulVariant};
 use manyhands_core::engine::twin::Twin;
 use manyhands_core::engine::{Batch, Engine, SeedRow};
 use manyhands_core::model::config::ModelConfig;
-use manyhands_core::model::decoder::{Decoder, DeviceGradients};
+use manyhands_core::model::decoder::{Decoder, DeviceGradients, Keep};
 use manyhands_core::model::weights::{Gradients, Weights, shapes};
 use manyhands_shaders::twin::logits::temperature_scale;
 use pollster::block_on;
@@ -27,6 +27,8 @@ fn config() -> ModelConfig {
         rope_base: 10_000.0,
         rms_epsilon: 1e-5,
         tied: false,
+        bias: false,
+        adapter: None,
     }
 }
 
@@ -69,11 +71,14 @@ async fn logits_and_gradients<E: Engine>(
     batch: &Batch,
 ) -> (Vec<i32>, Gradients) {
     let decoder = Decoder::new(e, weights);
-    let forward = decoder.forward(e, batch);
-    let logits = e.read(&forward.logits).await.expect("read");
+    let forward = decoder.forward(e, batch, Keep::All);
+    let all = batch.pieces(usize::MAX).remove(0);
+    let head = decoder.head_forward(e, &forward.states, all);
+    let logits = e.read(&head.logits).await.expect("read");
     let mut grads = DeviceGradients::zeros(e, &weights.config);
     let scale = temperature_scale(1.0);
-    decoder.backward(e, batch, forward, &seeds(batch), scale, &mut grads);
+    let dh = decoder.head_backward(e, head, &seeds(batch), scale, &mut grads);
+    decoder.backward(e, batch, forward, dh, &mut grads);
     (logits, grads.read(e).await.expect("read"))
 }
 
@@ -133,8 +138,8 @@ fn model_prefill_and_decode_equal_full_forward() {
         let (gpu, config) = (for_model(gpu), config());
         let sequences = sequences(&config, &[50, 37]);
         let decoder = Decoder::new(&gpu, &weights(&config, 2));
-        let full = decoder.forward(&gpu, &batch(&sequences));
-        let full = block_on(gpu.read(&full.logits)).expect("read");
+        let full = decoder.forward(&gpu, &batch(&sequences), Keep::All);
+        let full = block_on(gpu.read(&decoder.logits(&gpu, &full.states))).expect("read");
         let row = |sequence: usize, position: usize| {
             let first = if sequence == 0 { 0 } else { 50 };
             &full[(first + position) * config.vocabulary..][..config.vocabulary]
@@ -149,7 +154,8 @@ fn model_prefill_and_decode_equal_full_forward() {
             }
             let each = position - from + 1;
             let last = [each as u32 - 1, 2 * each as u32 - 1];
-            let logits = decoder.logits(&gpu, &step, &mut caches, &last);
+            let h = gpu.rows(&decoder.states(&gpu, &step, &mut caches), &last);
+            let logits = decoder.logits(&gpu, &h);
             let logits = block_on(gpu.read(&logits)).expect("read");
             for (i, logits) in logits.chunks(config.vocabulary).enumerate() {
                 assert_eq!(logits, row(i, position), "sequence {i}, position {position}");

@@ -141,7 +141,8 @@ fn exact_model_agrees_with_the_original() {
         let batch = Batch::sequences([ids.as_slice()]);
         let mut caches = decoder.caches(&engine, 1, ids.len());
         let rows: Vec<u32> = positions.iter().map(|p| *p as u32).collect();
-        let exact = decoder.logits(&engine, &batch, &mut caches, &rows);
+        let h = engine.rows(&decoder.states(&engine, &batch, &mut caches), &rows);
+        let exact = decoder.logits(&engine, &h);
         let exact = pollster::block_on(engine.read(&exact)).unwrap();
         let rounded = Reference::new(source.config.clone(), restore(&weights, &shifts));
         let states = rounded.states(&ids).rows;

@@ -115,7 +115,7 @@ fn start<'e, E: Engine>(
 }
 
 fn fresh(config: &RunConfig) -> State {
-    State::new(config, &config.model().unwrap())
+    State::new(config, &config.model().unwrap(), None)
 }
 
 /// Goes on to the next step's report; `None` when the run is done.
@@ -276,7 +276,7 @@ fn final_weights_do_not_depend_on_threads() {
     let (one, two) = (run(1), run(2));
     assert_eq!(one.1, two.1);
     assert_eq!(one.0, two.0);
-    let start = State::new(&config, &config.model().unwrap());
+    let start = State::new(&config, &config.model().unwrap(), None);
     let engine = cpu(&config, 1);
     let untrained = self::start(&engine, &config, problems(&config, |i| i % 2), start);
     assert_ne!(untrained.weights_hash(), one.0, "the run changed nothing");

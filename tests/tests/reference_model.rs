@@ -8,10 +8,12 @@
 use manyhands_core::engine::cpu::Cpu;
 use manyhands_core::engine::twin::Twin;
 use manyhands_core::engine::{Batch, Engine, RowStats, SeedRow};
+use manyhands_core::model::adapter::{Adapter, Projection};
 use manyhands_core::model::config::ModelConfig;
-use manyhands_core::model::decoder::{Decoder, DeviceGradients};
+use manyhands_core::model::decoder::{DeviceGradients, Keep, Loader};
 use manyhands_core::model::init::master_weights;
-use manyhands_core::model::weights::{Gradients, LAYER_TENSORS, Parameter, Weights, shapes};
+use manyhands_core::model::weights::{Gradients, Parameter, Weights, layer_tensors, shapes};
+use manyhands_core::swarm::ids::Hash;
 use manyhands_shaders::twin::logits::temperature_scale;
 use manyhands_shaders::x1::philox;
 use pollster::block_on;
@@ -41,6 +43,8 @@ fn config(tied: bool) -> ModelConfig {
         rope_base: 10_000.0,
         rms_epsilon: 1e-5,
         tied,
+        bias: false,
+        adapter: None,
     }
 }
 
@@ -119,20 +123,49 @@ fn add(to: &mut [f64], x: &[f64]) {
     to.iter_mut().zip(x).for_each(|(t, x)| *t += x);
 }
 
+/// The matrices of the model with its adapter multiplied into them: `W + B A`, where `p` is the
+/// frozen model and then the factors.
+fn merged(c: &ModelConfig, p: &[Vec<f64>]) -> Vec<Vec<f64>> {
+    let factors = shapes(c);
+    let (frozen, trained) = p.split_at(p.len() - factors.len());
+    if c.adapter.is_none() {
+        return p.to_vec();
+    }
+    let mut out = frozen.to_vec();
+    for (pair, p) in factors.chunks(2).zip(trained.chunks(2)) {
+        let name = pair[0].name.strip_suffix(".a").unwrap();
+        let at = shapes(&c.frozen()).iter().position(|s| s.name == name).unwrap();
+        let (rank, cols) = (pair[0].rows, pair[0].cols);
+        for (i, w) in out[at].iter_mut().enumerate() {
+            let (row, col) = (i / cols, i % cols);
+            *w += (0..rank).map(|r| p[1][row * rank + r] * p[0][r * cols + col]).sum::<f64>();
+        }
+    }
+    out
+}
+
 /// Logits (T, V) of one sequence.
 fn logits(c: &ModelConfig, p: &[Vec<f64>], tokens: &[u32]) -> Vec<Vec<f64>> {
+    let p = &merged(c, p);
     let (w, d) = (c.width, c.head_dim);
     let mut h: Vec<Vec<f64>> =
         tokens.iter().map(|&t| p[0][t as usize * w..(t as usize + 1) * w].to_vec()).collect();
-    for layer in p[1..].chunks_exact(LAYER_TENSORS).take(c.layers) {
+    for layer in p[1..].chunks_exact(layer_tensors(c)).take(c.layers) {
         let (mut keys, mut values): (Vec<Vec<f64>>, Vec<Vec<f64>>) = (Vec::new(), Vec::new());
         for (t, h) in h.iter_mut().enumerate() {
             let x = rmsnorm(h, &layer[0], c.rms_epsilon);
-            let (mut q, mut k) = (linear(&layer[1], &x), linear(&layer[2], &x));
+            let mut qkv = [1, 2, 3].map(|i| linear(&layer[i], &x));
+            let (biases, _) = layer[5..].split_at(layer.len() - 9);
+            for (y, bias) in qkv.iter_mut().zip(biases) {
+                // Three parts, 32 columns apart; what else is in the matrix plays no part.
+                let parts = bias.chunks_exact(96).map(|b| b[0] + b[32] + b[64]);
+                y.iter_mut().zip(parts).for_each(|(y, b)| *y += b);
+            }
+            let [mut q, mut k, v] = qkv;
             rotate(&mut q, d, t, c.rope_base);
             rotate(&mut k, d, t, c.rope_base);
             keys.push(k);
-            values.push(linear(&layer[3], &x));
+            values.push(v);
             let mut out = Vec::new();
             for (head, q) in q.chunks_exact(d).enumerate() {
                 let kv = head / (c.heads / c.kv_heads) * d;
@@ -148,15 +181,16 @@ fn logits(c: &ModelConfig, p: &[Vec<f64>], tokens: &[u32]) -> Vec<Vec<f64>> {
                 out.extend(mixed);
             }
             add(h, &linear(&layer[4], &out));
-            let x = rmsnorm(h, &layer[5], c.rms_epsilon);
-            let gate = linear(&layer[6], &x);
-            let up = linear(&layer[7], &x);
+            let ffn = &layer[layer.len() - 4..];
+            let x = rmsnorm(h, &ffn[0], c.rms_epsilon);
+            let gate = linear(&ffn[1], &x);
+            let up = linear(&ffn[2], &x);
             let act: Vec<f64> =
                 gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
-            add(h, &linear(&layer[8], &act));
+            add(h, &linear(&ffn[3], &act));
         }
     }
-    let last = 1 + c.layers * LAYER_TENSORS;
+    let last = 1 + c.layers * layer_tensors(c);
     let head = if c.tied { &p[0] } else { &p[last + 1] };
     h.iter().map(|h| linear(head, &rmsnorm(h, &p[last], c.rms_epsilon))).collect()
 }
@@ -216,20 +250,24 @@ fn seed(r: RowLoss, stats: RowStats) -> SeedRow {
 async fn run<E: Engine>(
     engine: &E,
     weights: &Weights,
+    imported: Option<&Weights>,
     sequences: &[Vec<u32>],
     temperature: f64,
 ) -> (Vec<i32>, Gradients) {
-    let decoder = Decoder::new(engine, weights);
+    let decoder = Loader::default().load(engine, weights, imported);
     let batch = Batch::sequences(sequences.iter().map(Vec::as_slice));
     let scale = temperature_scale(temperature);
-    let forward = decoder.forward(engine, &batch);
-    let logits = engine.read(&forward.logits).await.unwrap();
+    let forward = decoder.forward(engine, &batch, Keep::All);
+    let all = batch.pieces(usize::MAX).remove(0);
+    let head = decoder.head_forward(engine, &forward.states, all);
+    let logits = engine.read(&head.logits).await.unwrap();
     let rows: Vec<RowLoss> = (0..batch.rows()).map(|i| row_loss(&weights.config, i)).collect();
     let targets: Vec<u32> = rows.iter().map(|r| r.target as u32).collect();
-    let stats = engine.stats(&forward.logits, &targets, scale).await.unwrap();
+    let stats = engine.stats(&head.logits, &targets, scale).await.unwrap();
     let seeds: Vec<SeedRow> = rows.into_iter().zip(stats).map(|(r, s)| seed(r, s)).collect();
     let mut grads = DeviceGradients::zeros(engine, &weights.config);
-    decoder.backward(engine, &batch, forward, &seeds, scale, &mut grads);
+    let dh = decoder.head_backward(engine, head, &seeds, scale, &mut grads);
+    decoder.backward(engine, &batch, forward, dh, &mut grads);
     let grads = grads.read(engine).await.unwrap();
     let saturations = engine.take_saturations().await.unwrap();
     assert_eq!(saturations.total(), 0, "realistic weights must not clamp: {saturations:?}");
@@ -291,8 +329,10 @@ fn check_gradients(
     temperature: f64,
     grads: &Gradients,
 ) {
+    let first = p.len() - grads.0.len();
     for (t, shape) in shapes(c).iter().enumerate() {
         let g: Vec<f64> = grads.0[t].iter().map(|&g| g as f64 / 65536.0).collect();
+        let t = first + t;
         let size = norm(&g);
         assert!(size > 1e-2, "{}: the gradient is trivially zero", shape.name);
         let nonzero = g.iter().filter(|g| **g != 0.0).count();
@@ -315,28 +355,66 @@ fn check_gradients(
 }
 
 /// One case: config, temperature, engine.
-fn check(tied: bool, temperature: f64, use_twin: bool) {
-    let c = config(tied);
-    let weights = weights(&c);
-    let mut p = dequantized(&weights);
+fn check(tied: bool, temperature: f64, use_twin: bool, targets: &[Projection]) {
+    check_model(config(tied), temperature, use_twin, targets);
+}
+
+fn check_model(mut c: ModelConfig, temperature: f64, use_twin: bool, targets: &[Projection]) {
+    let mut trained = weights(&c);
+    let mut p = dequantized(&trained);
+    let imported = (!targets.is_empty()).then(|| {
+        let base = Hash::from(trained.hash());
+        c.adapter = Some(Adapter { base, rank: 6, alpha: 12, targets: targets.to_vec() });
+        let mut factors = master_weights(&c, 4);
+        for (t, b) in factors.iter_mut().enumerate().skip(1).step_by(2) {
+            b.iter_mut().enumerate().for_each(|(i, b)| *b = 0.15 * draw(90 + t as u32, i) as f32);
+        }
+        let factors = Weights::quantize(&c, &factors);
+        p.extend(dequantized(&factors));
+        std::mem::replace(&mut trained, factors)
+    });
+    let imported = imported.as_ref();
     let sequences = sequences(&c);
     let (logits, grads) = if use_twin {
-        block_on(run(&Twin::new(c.constants()), &weights, &sequences, temperature))
+        let twin = Twin::new(c.constants());
+        block_on(run(&twin, &trained, imported, &sequences, temperature))
     } else {
-        block_on(run(&Cpu::new(c.constants(), 2, None), &weights, &sequences, temperature))
+        let cpu = Cpu::new(c.constants(), 2, None);
+        block_on(run(&cpu, &trained, imported, &sequences, temperature))
     };
     check_logits(&c, &p, &sequences, &logits);
     check_gradients(&c, &mut p, &sequences, temperature, &grads);
 }
 
+/// Breaks if a factor's gradient forgets the other factor or the scale, or if what passes an
+/// adapter on its way to earlier layers is lost.
+#[test]
+fn adapters_on_all_matrices_agree_with_f64() {
+    check(false, 0.9, true, &Projection::ALL);
+}
+
+/// Breaks if a bias is added to another product, or if gradients do not pass it as they should.
+#[test]
+fn adapters_on_a_model_with_biases_agree_with_f64() {
+    for use_twin in [true, false] {
+        check_model(ModelConfig { bias: true, ..config(true) }, 1.0, use_twin, &Projection::ALL);
+    }
+}
+
+#[test]
+fn adapters_on_some_matrices_agree_with_f64() {
+    use Projection::{Down, Query, Value};
+    check(true, 1.0, false, &[Query, Value, Down]);
+}
+
 #[test]
 fn decoder_untied_twin_agrees_with_f64() {
-    check(false, 1.0, true);
+    check(false, 1.0, true, &[]);
 }
 
 #[test]
 fn decoder_tied_cpu_at_a_temperature_agrees_with_f64() {
-    check(true, 0.7, false);
+    check(true, 0.7, false, &[]);
 }
 
 /// Every element of every tensor: the cosine against the full gradient by finite differences.
@@ -358,7 +436,7 @@ fn decoder_gradient_cosine_is_near_one_for_every_tensor() {
     let mut p = dequantized(&weights);
     let sequences = vec![sequences(&config(false))[1].iter().map(|t| t % 19).collect::<Vec<_>>()];
     let engine = Twin::new(c.constants());
-    let (_, grads) = block_on(run(&engine, &weights, &sequences, 1.0));
+    let (_, grads) = block_on(run(&engine, &weights, None, &sequences, 1.0));
     for (t, shape) in shapes(&c).iter().enumerate() {
         let n = shape.rows * shape.cols;
         let want: Vec<f64> = (0..n)

@@ -30,9 +30,10 @@ fn check(ledger: &[Vec<u8>], blobs: &Blobs, recompute: Recompute) -> Replay {
     let mut machine = Machine::new();
     let sources = Sources {
         files: &mut |_| Ok(file()),
+        import: &mut |_, _| unreachable!("nothing is imported"),
         blobs,
         recompute,
-        execute: &mut |version, work| Ok(machine.execute(version, work)),
+        execute: &mut |_, version, work| Ok(machine.execute(version, work)),
         progress: &mut |_, _| {},
     };
     replay(&mut ledger.iter().cloned(), sources).unwrap()
@@ -61,7 +62,7 @@ fn alone() -> Hash {
     let config = config();
     let problems = Problems::open(&config, |_| Ok(file())).unwrap();
     let engine = Cpu::new(config.model().unwrap().constants(), 1, None);
-    let state = State::new(&config, &config.model().unwrap());
+    let state = State::new(&config, &config.model().unwrap(), None);
     let mut trainer = Trainer::new(&engine, config, problems, state).unwrap();
     while block_on(trainer.advance(&mut |_| {})).unwrap().is_some() {}
     trainer.weights_hash().into()
@@ -229,9 +230,10 @@ fn replay_with_another_problem_file_is_refused() {
     let (ledger, blobs, _) = completed();
     let sources = Sources {
         files: &mut |_| Ok(file() + "\n"),
+        import: &mut |_, _| unreachable!("nothing is imported"),
         blobs: &blobs,
         recompute: NONE,
-        execute: &mut |_, _| unreachable!("nothing is computed"),
+        execute: &mut |_, _, _| unreachable!("nothing is computed"),
         progress: &mut |_, _| {},
     };
     let found = replay(&mut ledger.into_iter(), sources).unwrap();

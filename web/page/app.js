@@ -1,20 +1,22 @@
-// The page: three views behind one address, chosen by what follows the #.
+// The page: four views behind one address, chosen by what follows the #.
 
 import { Contribute } from "./views/contribute.js";
 import { RunView } from "./views/run.js";
+import { TryView } from "./views/try.js";
 import { Ledger } from "./views/ledger.js";
 import { run } from "./data.js";
 import { $, put } from "./dom.js";
 import { time, whole } from "./words.js";
 import { openTab } from "./own-tab.js";
 
-const TITLES = { contribute: "Contribute", run: "The run", ledger: "The ledger" };
+const TITLES = { contribute: "Contribute", run: "The run", try: "Try it", ledger: "The ledger" };
 
 // One tab object for all views: what it computes goes on while the person looks around.
 const tab = openTab();
 const views = {
   contribute: new Contribute($("contribute"), tab),
   run: new RunView($("run")),
+  try: new TryView($("try"), tab),
   ledger: new Ledger($("ledger"), tab),
 };
 let shown = null;

@@ -4,6 +4,7 @@
 // engine workers (engine.js); each pair has a channel of its own, so that weights and results never
 // pass the page. Stop ends the workers, and so is immediate.
 import { Kept, DEFAULT_SETTINGS } from "/kept.js";
+import { Talk } from "/talk.js";
 
 // The network worker and the engine workers have a module each.
 const WASM = { web: "/pkg/manyhands_web_bg.wasm", engine: "/pkg/manyhands_engine_bg.wasm" };
@@ -61,6 +62,7 @@ export class Tab extends EventTarget {
   #facts = { paused: false, visible: document.visibilityState === "visible", battery: false };
   #network = null;
   #engines = [];
+  #talk = new Talk(compile);
   #losses = [];
   // Counts starts: what an earlier one still does is ignored.
   #turn = 0;
@@ -158,6 +160,17 @@ export class Tab extends EventTarget {
     const settings = await this.settings();
     const kind = this.#state.engine?.kind ?? settings.engine;
     return verify({ recompute: sequence, kind, workers: settings.threads });
+  }
+
+  /** Asks the model; see the class Talk. */
+  async ask(ask, hear) {
+    const settings = await this.settings();
+    return this.#talk.ask(ask, this.#state.engine?.kind ?? settings.engine, settings.threads, hear);
+  }
+
+  /** Stops the answer. */
+  hush() {
+    this.#talk.stop();
   }
 
   #set(change) {

@@ -10,13 +10,19 @@ use js_sys::Uint8Array;
 use manyhands_core::swarm::chunks::ChunkList;
 use manyhands_core::swarm::ids::{Hash, PeerKey};
 use manyhands_core::swarm::transfer::CHUNKS_AHEAD_MAX;
-use wasm_bindgen::JsCast;
+use wasm_bindgen::prelude::*;
 
 use crate::link::Link;
 use crate::volunteer::Outside;
 
 /// Largest blob that a tab takes: memory of a tab ends at a few of them.
 const TAB_BLOB_BYTES_MAX: u64 = 512 << 20;
+
+/// The same, for the page.
+#[wasm_bindgen]
+pub fn blob_bytes_max() -> f64 {
+    TAB_BLOB_BYTES_MAX as f64
+}
 
 /// The blob of that hash. Bytes that the host gives are added to `fetched`.
 pub async fn get(

@@ -10,7 +10,7 @@ use safetensors::tensor::Dtype;
 
 use crate::engine::{Batch, Engine, EngineError, SeedRow};
 use crate::model::config::ModelConfig;
-use crate::model::decoder::{Decoder, DeviceGradients};
+use crate::model::decoder::{Decoder, DeviceGradients, Keep};
 use crate::model::weights::{Parameter, Weights, shapes};
 use manyhands_shaders::twin::logits::{temperature_scale, weights as sampling_weights};
 
@@ -107,6 +107,8 @@ impl Vectors {
             rope_base: 10_000.0,
             rms_epsilon: 1e-5,
             tied: true,
+            bias: false,
+            adapter: None,
         };
         config.validate().map_err(|e| malformed(&e))?;
         let sequences = dim("in.tokens", 0)?;
@@ -203,18 +205,21 @@ impl Vectors {
 
         let decoder = Decoder::new(engine, &weights);
         let scale = temperature_scale(1.0);
-        let forward = decoder.forward(engine, &batch);
-        let logits = engine.read(&forward.logits).await?;
+        let forward = decoder.forward(engine, &batch, Keep::All);
+        let all = batch.pieces(usize::MAX).remove(0);
+        let head = decoder.head_forward(engine, &forward.states, all);
+        let logits = engine.read(&head.logits).await?;
         self.compare("out.logits_q16", logits.iter().map(|&x| x.into()))?;
         let e = logits
             .chunks_exact(self.config.vocabulary)
             .flat_map(|row| sampling_weights(row, scale));
         let e: Vec<i64> = e.map(|(_, e)| i64::from(e)).collect();
         self.compare("out.sample_weights_q23", e.iter().copied())?;
-        let stats = engine.stats(&forward.logits, &targets, scale).await?;
+        let stats = engine.stats(&head.logits, &targets, scale).await?;
         self.compare("out.sample_total", stats.iter().map(|s| s.total as i64))?;
         let mut grads = DeviceGradients::zeros(engine, &self.config);
-        decoder.backward(engine, &batch, forward, &seeds, scale, &mut grads);
+        let dh = decoder.head_backward(engine, head, &seeds, scale, &mut grads);
+        decoder.backward(engine, &batch, forward, dh, &mut grads);
         let grads = grads.read(engine).await?;
         for (shape, grad) in shapes(&self.config).iter().zip(&grads.0) {
             let name = format!("out.grad_q16.{}", oracle_name(&shape.name));

@@ -10,10 +10,10 @@ use manyhands_shaders::x1::{FORMAT, LIM, philox};
 
 use crate::engine::{Batch, Constants, Engine, EngineError, RowStats, Saturations, SeedRow};
 use crate::model::config::ModelConfig;
-use crate::model::decoder::{Decoder, DeviceGradients};
+use crate::model::decoder::{Decoder, DeviceGradients, Keep};
 use crate::model::generate::{Request, Sampling, generate};
 use crate::model::init::master_weights;
-use crate::model::weights::{LAYER_TENSORS, Parameter, Weights, shapes};
+use crate::model::weights::{Parameter, Weights, layer_tensors, shapes};
 
 /// The digest of format X1, computed by the twin.
 pub const DIGEST: &str = "3bf411113519454cead5cb57a458e11e";
@@ -64,6 +64,8 @@ pub fn model() -> ModelConfig {
         rope_base: 10_000.0,
         rms_epsilon: 1e-5,
         tied: false,
+        bias: false,
+        adapter: None,
     }
 }
 
@@ -186,7 +188,7 @@ async fn norm<E: Engine>(engine: &E) -> Result<String, EngineError> {
     let mut grad = engine.gradient(1, c);
     let dn = engine.tensor(&wild(n, c, 2), c);
     let dh = engine.tensor(&wild(n, c, 3), c);
-    let dh = engine.rmsnorm_backward(&dn, &norm, &device_gain, &mut grad, Some(dh));
+    let dh = engine.rmsnorm_backward(&dn, &norm, &device_gain, Some(&mut grad), Some(dh));
     let mut s = Section::new();
     s.i32s(&engine.read(&y).await?);
     s.i32s(&engine.read(&dh).await?);
@@ -201,7 +203,7 @@ async fn swiglu<E: Engine>(engine: &E) -> Result<String, EngineError> {
     let gate_up = [engine.tensor(&wild(n, f, 4), f), engine.tensor(&up, f)];
     let blocks = engine.swiglu(&gate_up);
     // The first layer's down projection.
-    let Parameter::Matrix(tiles) = &weights().parameters[LAYER_TENSORS] else {
+    let Parameter::Matrix(tiles) = &weights().parameters[layer_tensors(&model())] else {
         unreachable!("a projection is a matrix")
     };
     let mut h = engine.tensor(&wild(n, model().width, 6), model().width);
@@ -265,8 +267,10 @@ async fn gradient<E: Engine>(engine: &E) -> Result<String, EngineError> {
     let batch = Batch::sequences(sequences.iter().map(Vec::as_slice));
     let targets: Vec<u32> = (0..batch.rows()).map(|i| token(i + 1000)).collect();
     let scale = temperature_scale(1.0);
-    let forward = decoder.forward(engine, &batch);
-    let stats = engine.stats(&forward.logits, &targets, scale).await?;
+    let forward = decoder.forward(engine, &batch, Keep::All);
+    let all = batch.pieces(usize::MAX).remove(0);
+    let head = decoder.head_forward(engine, &forward.states, all);
+    let stats = engine.stats(&head.logits, &targets, scale).await?;
     let seeds: Vec<SeedRow> = (0..batch.rows())
         .map(|i| SeedRow {
             target: targets[i],
@@ -276,10 +280,11 @@ async fn gradient<E: Engine>(engine: &E) -> Result<String, EngineError> {
         })
         .collect();
     let mut s = Section::new();
-    s.i32s(&engine.read(&forward.logits).await?);
+    s.i32s(&engine.read(&head.logits).await?);
     s.stats(&stats);
     let mut grads = DeviceGradients::zeros(engine, &config);
-    decoder.backward(engine, &batch, forward, &seeds, scale, &mut grads);
+    let dh = decoder.head_backward(engine, head, &seeds, scale, &mut grads);
+    decoder.backward(engine, &batch, forward, dh, &mut grads);
     for g in grads.read(engine).await?.0 {
         s.u64s(g.into_iter().map(i64::cast_unsigned));
     }
@@ -300,10 +305,11 @@ async fn rollout<E: Engine>(engine: &E) -> Result<String, EngineError> {
         slots: 3,
     };
     let mut s = Section::new();
-    for c in generate(engine, &decoder, &requests, &sampling, |_, _| true).await? {
+    let generated = generate(engine, &decoder, &requests, &sampling, |_, _| true).await?;
+    for c in generated.completions {
         s.u64s(c.tokens.iter().map(|&t| u64::from(t)));
         s.stats(&c.stats);
     }
-    s.saturations(engine.take_saturations().await?);
+    s.saturations(generated.saturations);
     Ok(s.finish())
 }

@@ -11,6 +11,7 @@ pub mod twin;
 
 use std::borrow::Cow;
 use std::future::Future;
+use std::ops::Range;
 
 pub use manyhands_shaders::bfp::Tiles;
 pub use manyhands_shaders::twin::logits::{RowStats, SeedRow};
@@ -60,6 +61,35 @@ impl Batch {
     pub fn rows(&self) -> usize {
         self.tokens.len()
     }
+
+    /// The rows of whole sequences in pieces of at most `max` rows (or [`PIECE_ROWS`], if that is
+    /// more), each as a batch of its own. Sequences are cut where [`PIECE_ROWS`] says, whatever
+    /// `max` is: what is summed over the rows of a segment does not depend on it.
+    pub fn pieces(&self, max: usize) -> Vec<(Range<usize>, Self)> {
+        let mut pieces: Vec<(Range<usize>, Self)> = Vec::new();
+        for segment in &self.segments {
+            for position in (0..segment.rows).step_by(PIECE_ROWS) {
+                let first = segment.first_row + position;
+                let end = first + PIECE_ROWS.min(segment.rows - position);
+                if pieces.last().is_none_or(|(rows, _)| end - rows.start > max) {
+                    pieces.push((first..first, Self::default()));
+                }
+                let (rows, piece) = pieces.last_mut().expect("there is one now");
+                piece.push(segment.slot, position, &self.tokens[first..end]);
+                rows.end = end;
+            }
+        }
+        pieces
+    }
+}
+
+/// Rows after which [`Batch::pieces`] cuts a sequence: so few that the logits of a vocabulary of
+/// 200,000 tokens fit the smallest buffer that WebGPU guarantees.
+pub const PIECE_ROWS: usize = 128;
+
+/// Copies part `from` of parts of `len` elements over part `to`.
+fn copy_part<T: Copy>(x: &mut [T], len: usize, from: usize, to: usize) {
+    x.copy_within(from * len..(from + 1) * len, to * len);
 }
 
 /// Why an engine could not finish. The CPU engines never fail.
@@ -78,6 +108,16 @@ pub enum EngineError {
         /// Bytes allowed.
         limit: u64,
     },
+}
+
+/// A product on its way back: `y = x W^T` gave `dy`.
+pub struct Back<'a, E: Engine + ?Sized> {
+    /// (N, O) gradient of the product, `FX(20)`.
+    pub dy: &'a E::Tensor,
+    /// (O, C).
+    pub w: &'a E::Weight,
+    /// Where the weights' gradient is added; `None` for weights that are not trained.
+    pub grad: Option<&'a mut E::Gradient>,
 }
 
 /// One implementation of the decoder's operations. N rows, C channels, V vocabulary.
@@ -116,6 +156,8 @@ pub trait Engine {
     /// A zero gradient of `rows` x `cols` parameters.
     fn gradient(&self, rows: usize, cols: usize) -> Self::Gradient;
 
+    /// Quantises a tensor (N, C) in `FX(16)` to the input of a product.
+    fn blocks(&self, x: &Self::Tensor) -> Self::Blocks;
     /// `twin::embedding::forward`: (N, C).
     fn embed(&self, embedding: &Self::Weight, batch: &Batch) -> Self::Tensor;
     /// `twin::rmsnorm::forward`, quantised to blocks.
@@ -131,32 +173,35 @@ pub trait Engine {
         batch: &Batch,
         cache: &mut Self::Cache,
     ) -> Self::Queries;
+    /// What the cache holds of the sequence in slot `from` also becomes that of slot `to`.
+    fn copy_slot(&self, cache: &mut Self::Cache, from: usize, to: usize);
     /// `twin::attention::forward`, quantised to blocks.
     fn attention(&self, q: &Self::Queries, cache: &Self::Cache, batch: &Batch) -> Self::Blocks;
     /// `twin::swiglu::forward` of (gate, up), quantised to blocks.
     fn swiglu(&self, gate_up: &[Self::Tensor; 2]) -> Self::Blocks;
     /// The given rows of `x`, in the given order.
     fn rows(&self, x: &Self::Tensor, rows: &[u32]) -> Self::Tensor;
+    /// The rows of all of `parts`, one after another; they have the same C.
+    fn concat(&self, parts: &[&Self::Tensor]) -> Self::Tensor;
 
     /// `twin::logits::seed`: (N, V) in `FX(20)`.
     fn seed(&self, logits: &Self::Tensor, rows: &[SeedRow], scale: i32) -> Self::Tensor;
-    /// Gradient of [`Self::linear`]: returns `dx = sat(sum of dy_k W_k)` in ascending `k`, in
-    /// `FX(20)`; `grads[k] +=` `twin::matmul::weight_gradient`.
-    fn linear_backward<const K: usize>(
+    /// Gradient of products of one `x` (N, C), at least one: returns `dx = sat(sum of dy_k W_k)` in
+    /// their order, in `FX(20)`; `grad_k +=` `twin::matmul::weight_gradient`.
+    fn linear_backward(
         &self,
-        dy: [&Self::Tensor; K],
         x: &Self::Blocks,
-        w: [&Self::Weight; K],
         batch: &Batch,
-        grads: [&mut Self::Gradient; K],
+        products: Vec<Back<'_, Self>>,
     ) -> Self::Tensor;
-    /// `twin::rmsnorm::backward`: `dh = sat(dh + ...)`, `grad +=`. `dh` of `None` counts as zero.
+    /// `twin::rmsnorm::backward`: `dh = sat(dh + ...)`, `grad +=`. `dh` of `None` counts as zero,
+    /// `grad` of `None` is that of gains that are not trained.
     fn rmsnorm_backward(
         &self,
         dn: &Self::Tensor,
         norm: &Self::Norm,
         gain: &Self::Gain,
-        grad: &mut Self::Gradient,
+        grad: Option<&mut Self::Gradient>,
         dh: Option<Self::Tensor>,
     ) -> Self::Tensor;
     /// `twin::swiglu::backward`: gradients of (gate, up).
@@ -194,6 +239,36 @@ pub trait Engine {
         &self,
         grad: &'a Self::Gradient,
     ) -> impl Future<Output = Result<Cow<'a, [i64]>, EngineError>>;
+    /// Whether saturations of what is called from now on are counted, as at first: what is computed
+    /// a second time counts once.
+    fn count_saturations(&self, on: bool);
     /// The saturations since the last call, which starts a new tally.
     fn take_saturations(&self) -> impl Future<Output = Result<Saturations, EngineError>>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Batch, PIECE_ROWS};
+
+    /// Breaks if a row is lost, or if where sequences are cut depends on memory.
+    #[test]
+    fn pieces_cover_all_rows_and_cut_at_the_same_places() {
+        let tokens: Vec<u32> = (0..3 * PIECE_ROWS as u32).collect();
+        let lengths = [5, 2 * PIECE_ROWS + 1, PIECE_ROWS, 1];
+        let batch = Batch::sequences(lengths.map(|n| &tokens[..n]));
+        let cuts = |max: usize| -> Vec<(usize, usize)> {
+            let pieces = batch.pieces(max);
+            let each = pieces.iter().flat_map(|(rows, piece)| {
+                assert_eq!(piece.tokens, batch.tokens[rows.clone()]);
+                assert!(piece.rows() <= max.max(PIECE_ROWS), "{} rows", piece.rows());
+                piece.segments.iter().map(|s| (rows.start + s.first_row, s.rows))
+            });
+            each.collect()
+        };
+        let whole = cuts(usize::MAX);
+        assert_eq!(whole.iter().map(|(_, rows)| rows).sum::<usize>(), batch.rows());
+        for max in [1, PIECE_ROWS, PIECE_ROWS + 6, 300] {
+            assert_eq!(cuts(max), whole, "{max}");
+        }
+    }
 }

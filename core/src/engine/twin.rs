@@ -1,6 +1,7 @@
 //! The twin engine: every operation by the loops that define it. Slow, obvious, never tuned.
 
 use std::borrow::Cow;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use manyhands_shaders::bfp::WEIGHT_BITS;
@@ -12,22 +13,28 @@ use manyhands_shaders::twin::{
     swiglu,
 };
 
-use super::{Batch, Constants, Engine, EngineError, RowStats, Saturations, SeedRow, Tiles};
+use super::{
+    Back, Batch, Constants, Engine, EngineError, RowStats, Saturations, SeedRow, Tiles, copy_part,
+};
 
 /// Runs the twins.
 pub struct Twin {
     constants: Constants,
     saturations: Mutex<Saturations>,
+    uncounted: AtomicBool,
 }
 
 impl Twin {
     /// An engine for a model with these constants.
     pub fn new(constants: Constants) -> Self {
-        Self { constants, saturations: Mutex::default() }
+        Self { constants, saturations: Mutex::default(), uncounted: AtomicBool::new(false) }
     }
 
     /// Runs `f` with the tally.
     fn counted<T>(&self, f: impl FnOnce(&mut Saturations) -> T) -> T {
+        if self.uncounted.load(Ordering::Relaxed) {
+            return f(&mut Saturations::default());
+        }
         f(&mut self.saturations.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
@@ -98,6 +105,10 @@ impl Engine for Twin {
         Gradient { cols, data: vec![0; rows * cols] }
     }
 
+    fn blocks(&self, x: &Tensor) -> Bfp {
+        blocks(&x.data, x.cols)
+    }
+
     fn embed(&self, embedding: &Weight, batch: &Batch) -> Tensor {
         let data = self.counted(|s| embedding::forward(&embedding.tiles, &batch.tokens, s));
         Tensor { cols: embedding.tiles.cols, data }
@@ -131,6 +142,18 @@ impl Engine for Twin {
         })
     }
 
+    fn copy_slot(&self, cache: &mut Cache, from: usize, to: usize) {
+        for vectors in [&mut cache.keys, &mut cache.values] {
+            copy_part(
+                &mut vectors.mantissas,
+                cache.capacity * vectors.heads * vectors.dim,
+                from,
+                to,
+            );
+            copy_part(&mut vectors.exponents, cache.capacity * vectors.heads, from, to);
+        }
+    }
+
     fn attention(&self, q: &HeadVectors, cache: &Cache, batch: &Batch) -> Bfp {
         let c = &self.constants.attention;
         let out = self.counted(|s| attention::forward(q, cache, &batch.segments, c, s));
@@ -147,6 +170,11 @@ impl Engine for Twin {
         Tensor { cols: x.cols, data: rows.iter().flat_map(row).copied().collect() }
     }
 
+    fn concat(&self, parts: &[&Tensor]) -> Tensor {
+        let data = parts.iter().flat_map(|p| &p.data).copied().collect();
+        Tensor { cols: parts[0].cols, data }
+    }
+
     fn seed(&self, logits: &Tensor, rows: &[SeedRow], scale: i32) -> Tensor {
         let data = self.counted(|s| {
             let each = logits.data.chunks_exact(logits.cols).zip(rows);
@@ -155,20 +183,15 @@ impl Engine for Twin {
         Tensor { cols: logits.cols, data }
     }
 
-    fn linear_backward<const K: usize>(
-        &self,
-        dy: [&Tensor; K],
-        x: &Bfp,
-        w: [&Weight; K],
-        batch: &Batch,
-        grads: [&mut Gradient; K],
-    ) -> Tensor {
+    fn linear_backward(&self, x: &Bfp, batch: &Batch, products: Vec<Back<'_, Self>>) -> Tensor {
         let mut dx: Option<Tensor> = None;
-        for ((dy, w), grad) in dy.into_iter().zip(w).zip(grads) {
+        for Back { dy, w, grad } in products {
             let (rows, cols) = (w.tiles.rows, w.tiles.cols);
             let y = self.counted(|s| {
-                let segments = &batch.segments;
-                matmul::weight_gradient(&dy.data, x, segments, rows, cols, &mut grad.data, s);
+                if let Some(grad) = grad {
+                    let segments = &batch.segments;
+                    matmul::weight_gradient(&dy.data, x, segments, rows, cols, &mut grad.data, s);
+                }
                 let g = Bfp::from_rows(&dy.data, rows, GRADIENT_FRACTION, WEIGHT_BITS);
                 matmul::matmul(&g, &w.backward, cols, GRADIENT_FRACTION, s)
             });
@@ -185,13 +208,15 @@ impl Engine for Twin {
         dn: &Tensor,
         norm: &Norm,
         gain: &Vec<i32>,
-        grad: &mut Gradient,
+        grad: Option<&mut Gradient>,
         dh: Option<Tensor>,
     ) -> Tensor {
         let c = &self.constants.norm;
+        let mut unused = vec![0; gain.len()];
+        let grad = grad.map_or(&mut unused, |g| &mut g.data);
         self.counted(|s| {
             let (unit, scales) = (&norm.unit, &norm.scales);
-            let dx = rmsnorm::backward(&dn.data, unit, scales, gain, c, &mut grad.data, s);
+            let dx = rmsnorm::backward(&dn.data, unit, scales, gain, c, grad, s);
             match dh {
                 None => Tensor { cols: dn.cols, data: dx },
                 Some(mut dh) => {
@@ -260,6 +285,10 @@ impl Engine for Twin {
 
     async fn read_gradient<'a>(&self, grad: &'a Gradient) -> Result<Cow<'a, [i64]>, EngineError> {
         Ok(Cow::Borrowed(&grad.data))
+    }
+
+    fn count_saturations(&self, on: bool) {
+        self.uncounted.store(!on, Ordering::Relaxed);
     }
 
     async fn take_saturations(&self) -> Result<Saturations, EngineError> {

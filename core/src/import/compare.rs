@@ -100,8 +100,7 @@ pub async fn compare<E: Engine>(
         for (i, part) in tokens.chunks(ROWS).enumerate() {
             let mut batch = Batch::default();
             batch.push(0, i * ROWS, part);
-            let rows: Vec<u32> = (0..part.len() as u32).collect();
-            let exact = decoder.logits(engine, &batch, &mut caches, &rows);
+            let exact = decoder.logits(engine, &decoder.states(engine, &batch, &mut caches));
             let exact = engine.read(&exact).await?;
             let source = reference.logits(&states.rows[i * ROWS * width..][..part.len() * width]);
             let next = tokens[i * ROWS + 1..].iter().map(|t| Some(*t)).chain([None]);

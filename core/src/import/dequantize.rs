@@ -54,6 +54,11 @@ impl Encoding {
         Self::ALL.iter().find(|e| e.2 == number).map(|e| e.0)
     }
 
+    /// Its number in GGUF.
+    pub fn ggml(self) -> u32 {
+        Self::ALL.iter().find(|e| e.0 == self).map_or(0, |e| e.2)
+    }
+
     /// As GGUF files and their makers call it.
     pub fn name(self) -> &'static str {
         Self::ALL.iter().find(|e| e.0 == self).map_or("", |e| e.1)

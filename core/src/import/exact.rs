@@ -54,11 +54,18 @@ impl Shifts {
         Ok(Self { residual, norms })
     }
 
-    /// Multiplies one tensor's values by its powers of two; `back` divides.
+    /// Multiplies one tensor's values by its powers of two; `back` divides. Of an adapter `a` reads
+    /// what its matrix reads, and has the powers of its columns; `b` writes where it writes, and
+    /// has the power of the whole.
     fn apply(&self, config: &ModelConfig, shape: &Shape, back: bool, values: &mut [f32]) {
-        let (layer, own) = shape.name.rsplit_once('.').unwrap_or(("", &shape.name));
+        let (name, columns, rows) = match shape.name.rsplit_once('.') {
+            Some((matrix, "a")) => (matrix, true, false),
+            Some((matrix, "b")) => (matrix, false, true),
+            _ => (&*shape.name, true, true),
+        };
+        let (layer, own) = name.rsplit_once('.').unwrap_or(("", name));
         let whole = match own {
-            "embedding" | "output" | "down" => -self.residual,
+            "embedding" | "output" | "down" if rows => -self.residual,
             "final_norm" if config.tied => self.residual,
             _ => 0,
         };
@@ -66,9 +73,9 @@ impl Shifts {
             "query" | "key" | "value" => (format!("{layer}.attention_norm"), -1),
             "gate" | "up" => (format!("{layer}.ffn_norm"), -1),
             "head" => ("final_norm".into(), -1),
-            _ => (shape.name.clone(), 1),
+            _ => (name.into(), 1),
         };
-        let blocks = self.norms.get(&norm);
+        let blocks = self.norms.get(&norm).filter(|_| columns);
         for row in values.chunks_mut(shape.cols) {
             for (i, block) in row.chunks_mut(BLOCK).enumerate() {
                 let own = blocks.and_then(|b| b.get(i)).map_or(0, |s| sign * s);
@@ -112,17 +119,12 @@ pub fn quantize(source: &Source<'_>, shifts: &Shifts) -> Result<Weights, ImportE
     Ok(Weights { config, parameters })
 }
 
-/// What exact weights stand for, in f32 and at the original's scale: in the order of [`shapes`].
+/// What exact weights, or an adapter's factors, stand for, in f32 and at the original's scale: in
+/// the order of [`shapes`].
 pub fn restore(weights: &Weights, shifts: &Shifts) -> Vec<Vec<f32>> {
-    let restore = |(shape, parameter): (Shape, &Parameter)| {
-        let mut values: Vec<f32> = match parameter {
-            Parameter::Gain(gain) => gain.iter().map(|g| *g as f32 / 4096.0).collect(),
-            Parameter::Matrix(t) => (0..shape.rows * shape.cols)
-                .map(|i| t.value(i / shape.cols, i % shape.cols) as f32)
-                .collect(),
-        };
-        shifts.apply(&weights.config, &shape, true, &mut values);
-        values
-    };
-    shapes(&weights.config).into_iter().zip(&weights.parameters).map(restore).collect()
+    let mut all = weights.values();
+    for (shape, values) in shapes(&weights.config).iter().zip(&mut all) {
+        shifts.apply(&weights.config, shape, true, values);
+    }
+    all
 }

@@ -79,6 +79,9 @@ pub fn config(json: &[u8]) -> Result<(String, ModelConfig), ImportError> {
         rope_base: c.rope_theta.or(theta).unwrap_or(10_000.0),
         rms_epsilon: c.rms_norm_eps,
         tied: c.tie_word_embeddings,
+        // Whether there are any, the tensors say.
+        bias: false,
+        adapter: None,
     };
     config.validate().map_err(|e| fail(e.key, e.problem))?;
     Ok((c.model_type, config))

@@ -9,19 +9,46 @@ use super::dequantize::TensorView;
 use super::gguf::{Gguf, Value};
 use super::{ImportError, error, hf};
 use crate::model::config::{CONTEXT_MAX, ModelConfig};
-use crate::model::weights::{Shape, shapes};
+use crate::model::weights::{Shape, bias_matrix, shapes};
 
 /// Architectures whose blocks are this decoder's.
 const ARCHITECTURES: [&str; 3] = ["llama", "mistral", "qwen2"];
 
+/// Whose names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Container {
+    /// `blk.0.attn_q`.
+    Gguf,
+    /// `model.layers.0.self_attn.q_proj`.
+    Hub,
+}
+
+/// The name of the tensor that [`shapes`] calls `name`.
+pub(crate) fn tensor_name(shape: &Shape, container: Container) -> String {
+    let ending = if shape.is_bias() { "bias" } else { "weight" };
+    format!("{}.{ending}", foreign(&shape.name, container))
+}
+
+/// The same without `.weight` or `.bias`.
+pub(crate) fn foreign(name: &str, container: Container) -> String {
+    let mut parts = name.rsplit('.');
+    let (own, layer) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+    let found = NAMES.iter().find(|n| n.0 == own);
+    let pattern = found.map_or("", |n| if container == Container::Gguf { n.1 } else { n.2 });
+    pattern.replace("{}", layer)
+}
+
 /// Our names, those of GGUF and those of the hub; `{}` is the layer.
-const NAMES: [(&str, &str, &str); 12] = [
+const NAMES: [(&str, &str, &str); 15] = [
     ("embedding", "token_embd", "model.embed_tokens"),
     ("attention_norm", "blk.{}.attn_norm", "model.layers.{}.input_layernorm"),
     ("query", "blk.{}.attn_q", "model.layers.{}.self_attn.q_proj"),
     ("key", "blk.{}.attn_k", "model.layers.{}.self_attn.k_proj"),
     ("value", "blk.{}.attn_v", "model.layers.{}.self_attn.v_proj"),
     ("output", "blk.{}.attn_output", "model.layers.{}.self_attn.o_proj"),
+    ("query_bias", "blk.{}.attn_q", "model.layers.{}.self_attn.q_proj"),
+    ("key_bias", "blk.{}.attn_k", "model.layers.{}.self_attn.k_proj"),
+    ("value_bias", "blk.{}.attn_v", "model.layers.{}.self_attn.v_proj"),
     ("ffn_norm", "blk.{}.ffn_norm", "model.layers.{}.post_attention_layernorm"),
     ("gate", "blk.{}.ffn_gate", "model.layers.{}.mlp.gate_proj"),
     ("up", "blk.{}.ffn_up", "model.layers.{}.mlp.up_proj"),
@@ -45,20 +72,13 @@ pub struct Found<'a> {
 impl Found<'_> {
     /// (rows, cols) values, rotary halves one after the other.
     pub fn read(&self) -> Result<Vec<f32>, ImportError> {
-        let values = self.view.read(&self.name)?;
-        if self.paired_heads == 0 {
-            return Ok(values);
+        let mut values = self.view.read(&self.name)?;
+        if self.paired_heads != 0 {
+            let cols = values.len() / self.shape.rows;
+            let rows = paired_rows(self.shape.rows, self.paired_heads);
+            values = rows.flat_map(|row| &values[row * cols..][..cols]).copied().collect();
         }
-        let cols = self.shape.cols;
-        let dim = self.shape.rows / self.paired_heads;
-        let mut out = Vec::with_capacity(values.len());
-        for head in 0..self.paired_heads {
-            for i in 0..dim {
-                let row = head * dim + i % (dim / 2) * 2 + i / (dim / 2);
-                out.extend_from_slice(&values[row * cols..][..cols]);
-            }
-        }
-        Ok(out)
+        Ok(if self.shape.is_bias() { bias_matrix(&values) } else { values })
     }
 
     /// Number format in the file.
@@ -123,11 +143,13 @@ impl<'a> Source<'a> {
             },
             rms_epsilon: shortest(file.float(&key("attention.layer_norm_rms_epsilon"))?),
             tied: !names.contains_key("output.weight"),
+            bias: has_bias(&names, Container::Gguf),
+            adapter: None,
         };
         config.validate().map_err(|e| error(format!("{architecture}: {}", e.key), e.problem))?;
         // GGUF's converter interleaves the rotary halves of a llama, and of nothing else here.
         let pairs = architecture == "llama";
-        Self::find(architecture, config, names, |n| n.1, pairs)
+        Self::find(architecture, config, names, Container::Gguf, pairs)
     }
 
     /// Finds a model in `config.json` and the tensors of its safetensors files.
@@ -135,47 +157,44 @@ impl<'a> Source<'a> {
         json: &[u8],
         mut names: BTreeMap<String, TensorView<'a>>,
     ) -> Result<Self, ImportError> {
-        let (architecture, config) = hf::config(json)?;
+        let (architecture, mut config) = hf::config(json)?;
+        config.bias = has_bias(&names, Container::Hub);
         check_architecture("config.json: model_type", &architecture)?;
         // Old exports keep the rotary frequencies; some keep a tied head twice.
         names.retain(|n, _| !n.ends_with("rotary_emb.inv_freq"));
         if config.tied {
             names.remove("lm_head.weight");
         }
-        Self::find(architecture, config, names, |n| n.2, false)
+        Self::find(architecture, config, names, Container::Hub, false)
     }
 
     fn find(
         architecture: String,
         config: ModelConfig,
         mut names: BTreeMap<String, TensorView<'a>>,
-        column: fn(&(&'static str, &'static str, &'static str)) -> &'static str,
+        container: Container,
         pairs: bool,
     ) -> Result<Self, ImportError> {
         let mut tensors = Vec::new();
         for shape in shapes(&config) {
-            let mut parts = shape.name.rsplit('.');
-            let (own, layer) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
-            let pattern = NAMES.iter().find(|n| n.0 == own).map_or("", column);
-            let name = format!("{}.weight", pattern.replace("{}", layer));
+            let name = tensor_name(&shape, container);
             let Some(view) = names.remove(&name) else {
                 return Err(error(name, "the tensor is missing"));
             };
-            let expected =
-                if shape.rows == 1 { vec![shape.cols] } else { vec![shape.rows, shape.cols] };
+            let expected = match (shape.rows, shape.cols) {
+                (1, size) => vec![size],
+                (size, _) if shape.is_bias() => vec![size],
+                (rows, cols) => vec![rows, cols],
+            };
             if view.dims != expected {
                 let problem = format!("its shape is {:?}, not {expected:?}", view.dims);
                 return Err(error(name, problem));
             }
-            let paired_heads = match own {
-                "query" if pairs => config.heads,
-                "key" if pairs => config.kv_heads,
-                _ => 0,
-            };
+            let paired_heads = if pairs { rotated_heads(&shape.name, &config) } else { 0 };
             tensors.push(Found { shape, name, view, paired_heads });
         }
         if let Some(name) = names.keys().next() {
-            let problem = "the decoder has no such tensor; it computes Llama, Mistral and Qwen2 without biases";
+            let problem = "the decoder has no such tensor; it computes Llama, Mistral and Qwen2, of biases those of queries, keys and values";
             return Err(error(name, problem));
         }
         Ok(Self { architecture, config, tensors })
@@ -185,6 +204,27 @@ impl<'a> Source<'a> {
     pub fn encodings(&self) -> BTreeSet<&'static str> {
         self.tensors.iter().map(Found::encoding).collect()
     }
+}
+
+/// Whether the first layer's queries have a bias. If others have none, they will be missed.
+fn has_bias(names: &BTreeMap<String, TensorView<'_>>, container: Container) -> bool {
+    names.contains_key(&format!("{}.bias", foreign("layers.0.query", container)))
+}
+
+/// Heads in the rows of a matrix whose output is rotated, or of its bias; 0 for others.
+pub(crate) fn rotated_heads(name: &str, config: &ModelConfig) -> usize {
+    match name.rsplit('.').next() {
+        Some("query" | "query_bias") => config.heads,
+        Some("key" | "key_bias") => config.kv_heads,
+        _ => 0,
+    }
+}
+
+/// Where GGUF keeps each row of a llama's rotated matrix: halves one after the other in ours, in
+/// pairs there.
+pub(crate) fn paired_rows(rows: usize, heads: usize) -> impl Iterator<Item = usize> {
+    let dim = rows / heads;
+    (0..rows).map(move |r| r / dim * dim + r % dim % (dim / 2) * 2 + r % dim / (dim / 2))
 }
 
 fn check_architecture(key: &str, architecture: &str) -> Result<(), ImportError> {

@@ -7,7 +7,7 @@ use super::ImportError;
 use super::names::Source;
 use crate::engine::cpu::{Path, simd};
 use crate::model::config::ModelConfig;
-use crate::model::weights::LAYER_TENSORS;
+use crate::model::weights::{bias_values, layer_tensors};
 use crate::parallel;
 
 /// Output features that one thread computes at a time.
@@ -54,10 +54,17 @@ impl Reference {
         let row = |t: &u32| self.tensors[0][*t as usize * c.width..][..c.width].iter().copied();
         let mut h: Vec<f32> = tokens.iter().flat_map(row).collect();
         let mut peak = 0.0;
-        for layer in self.tensors[1..].chunks_exact(LAYER_TENSORS).take(c.layers) {
-            let [n1, q, k, v, o, n2, gate, up, down] = layer else { unreachable!("nine tensors") };
+        for layer in self.tensors[1..].chunks_exact(layer_tensors(c)).take(c.layers) {
+            let [n1, q, k, v, o, biases @ .., n2, gate, up, down] = layer else {
+                unreachable!("at least nine tensors")
+            };
             let x = self.norm(&h, n1);
-            let [q, k, v] = [q, k, v].map(|w| self.linear(&x, w, c.width));
+            let mut qkv = [q, k, v].map(|w| self.linear(&x, w, c.width));
+            for (x, bias) in qkv.iter_mut().zip(biases) {
+                let bias = bias_values(bias);
+                x.iter_mut().zip(bias.iter().cycle()).for_each(|(x, b)| *x += b);
+            }
+            let [q, k, v] = qkv;
             let x = self.attention(q, k, &v, tokens.len());
             add(&mut h, &self.linear(&x, o, c.attention_width()), &mut peak);
             let x = self.norm(&h, n2);
@@ -66,7 +73,7 @@ impl Reference {
                 gate.iter().zip(&up).map(|(g, u)| g / (1.0 + libm::expf(-g)) * u).collect();
             add(&mut h, &self.linear(&x, down, c.ffn), &mut peak);
         }
-        States { rows: self.norm(&h, &self.tensors[1 + c.layers * LAYER_TENSORS]), peak }
+        States { rows: self.norm(&h, &self.tensors[1 + c.layers * layer_tensors(c)]), peak }
     }
 
     /// (N, V) logits of states (N, C).

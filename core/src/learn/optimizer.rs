@@ -118,13 +118,20 @@ pub struct TensorState {
     pub second_moment: Vec<f32>,
     /// Whether weight decay applies: true for matrices, false for gains and vectors.
     pub decays: bool,
+    /// What is published, and differentiated, is the master weight times two to this power.
+    pub scale_log2: i32,
 }
 
 impl TensorState {
     /// A tensor that has seen no gradient.
     pub fn new(master: Vec<f32>, decays: bool) -> Self {
         let zeros = vec![0.0; master.len()];
-        Self { first_moment: zeros.clone(), second_moment: zeros, master, decays }
+        Self { first_moment: zeros.clone(), second_moment: zeros, master, decays, scale_log2: 0 }
+    }
+
+    /// `d loss / d master` over `d loss / d published`.
+    fn gradient_scale(&self) -> f64 {
+        f64::from(2_f32.powi(self.scale_log2))
     }
 }
 
@@ -227,20 +234,29 @@ impl AdamW {
                 return Err(OptimizerError::Shape { tensor, got, expected });
             }
         }
-        let chunks = gradients.iter().flat_map(|g| g.chunks(PIECE)).collect();
-        let sums = parallel::map(chunks, square_sums).concat();
+        let scales: Vec<f64> = self.tensors.iter().map(TensorState::gradient_scale).collect();
+        let chunks = gradients.iter().zip(&scales);
+        let chunks = chunks.flat_map(|(g, s)| g.chunks(PIECE).map(move |g| (g, s * s)));
+        let squares = |(g, square): (&[i64], f64)| {
+            let mut sums = square_sums(g);
+            sums.iter_mut().for_each(|s| *s *= square);
+            sums
+        };
+        let sums = parallel::map(chunks.collect(), squares).concat();
         let plan = self.begin(config, scale, &sums)?;
         let mut pieces = vec![];
-        for (tensor, gradient) in self.tensors.iter_mut().zip(gradients) {
+        for ((tensor, gradient), scale) in self.tensors.iter_mut().zip(gradients).zip(scales) {
             let decays = tensor.decays;
+            let gradient_factor = plan.gradient_factor * scale;
+            let plan = UpdatePlan { gradient_factor, ..plan };
             let parts = gradient
                 .chunks(PIECE)
                 .zip(tensor.master.chunks_mut(PIECE))
                 .zip(tensor.first_moment.chunks_mut(PIECE))
                 .zip(tensor.second_moment.chunks_mut(PIECE));
-            pieces.extend(parts.map(|(((g, x), m), v)| (decays, g, x, m, v)));
+            pieces.extend(parts.map(|(((g, x), m), v)| (plan, decays, g, x, m, v)));
         }
-        parallel::map(pieces, |(decays, g, x, m, v)| update(&plan, decays, g, x, m, v));
+        parallel::map(pieces, |(plan, decays, g, x, m, v)| update(&plan, decays, g, x, m, v));
         Ok(plan)
     }
 }

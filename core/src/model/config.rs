@@ -6,6 +6,8 @@ use manyhands_shaders::twin::rmsnorm::NormConstants;
 use manyhands_shaders::twin::rope::RopeTable;
 use serde::{Deserialize, Serialize};
 
+use super::adapter::Adapter;
+use super::weights::{Shape, shapes};
 use crate::engine::Constants;
 
 /// Longest context: the exact softmax sum is a u32 up to here.
@@ -40,6 +42,12 @@ pub struct ModelConfig {
     /// Whether the output head is the embedding.
     #[serde(default = "default_tied")]
     pub tied: bool,
+    /// Whether queries, keys and values have a bias, as Qwen2's have. Biases are not trained.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub bias: bool,
+    /// What is trained, if not the model itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<Adapter>,
 }
 
 fn default_rope_base() -> f64 {
@@ -52,6 +60,11 @@ fn default_rms_epsilon() -> f64 {
 
 fn default_tied() -> bool {
     true
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+const fn is_false(x: &bool) -> bool {
+    !*x
 }
 
 /// A configuration that cannot work, with the key to change.
@@ -91,6 +104,8 @@ impl ModelConfig {
             rope_base: if name == "smollm2-135m" { 100_000.0 } else { default_rope_base() },
             rms_epsilon: default_rms_epsilon(),
             tied: true,
+            bias: false,
+            adapter: None,
         })
     }
 
@@ -134,7 +149,7 @@ impl ModelConfig {
         if !(1e-7..=1e-2).contains(&self.rms_epsilon) {
             return error("rms_epsilon", format!("{} is outside 1e-7 to 1e-2", self.rms_epsilon));
         }
-        Ok(())
+        self.adapter.as_ref().map_or(Ok(()), Adapter::validate)
     }
 
     /// H D, the width of the attention output.
@@ -165,26 +180,52 @@ impl ModelConfig {
         }
     }
 
-    /// Multiply-adds of a forward pass for one token at mean context `context`: products only.
-    pub fn multiply_adds(&self, context: usize) -> u64 {
-        let matrices: usize = crate::model::weights::shapes(self)
-            .iter()
-            .filter(|s| s.rows > 1 && (self.tied || s.name != "embedding"))
-            .map(|s| s.rows * s.cols)
-            .sum();
-        (matrices + self.layers * 2 * context * self.attention_width()) as u64
+    /// The model that an adapter adapts; without one, the model itself.
+    pub fn frozen(&self) -> Self {
+        Self { adapter: None, ..self.clone() }
     }
 
-    /// Number of parameters.
+    /// Multiply-adds of a forward pass for one token at mean context `context`: products only.
+    pub fn multiply_adds(&self, context: usize) -> u64 {
+        let (frozen, trained) = self.products(context);
+        frozen + trained
+    }
+
+    /// Multiply-adds of a forward and a backward pass for one token. A product that is trained has
+    /// two on its way back, one that is not has one.
+    pub fn gradient_multiply_adds(&self, context: usize) -> u64 {
+        let (frozen, trained) = self.products(context);
+        let attention = self.attention_products(context);
+        2 * frozen + 3 * trained + if self.adapter.is_some() { attention } else { 0 }
+    }
+
+    /// Multiply-adds of a forward pass in matrices that stay as they are, and in all others.
+    /// Attention, which has four products on its way back for two, counts as its neighbours do.
+    fn products(&self, context: usize) -> (u64, u64) {
+        let attention = self.attention_products(context);
+        let matrices = |config: &Self| -> usize {
+            let matrices = shapes(config).into_iter();
+            let matrices = matrices.filter(|s| s.rows > 1 && (self.tied || s.name != "embedding"));
+            matrices.map(|s| s.rows * s.cols).sum()
+        };
+        match &self.adapter {
+            None => (0, matrices(self) as u64 + attention),
+            Some(_) => (matrices(&self.frozen()) as u64 + attention, matrices(self) as u64),
+        }
+    }
+
+    const fn attention_products(&self, context: usize) -> u64 {
+        (self.layers * 2 * context * self.attention_width()) as u64
+    }
+
+    /// Number of parameters that are trained.
     pub fn parameter_count(&self) -> usize {
-        crate::model::weights::shapes(self).iter().map(|s| s.rows * s.cols).sum()
+        shapes(self).iter().map(|s| s.rows * s.cols).sum()
     }
 
     /// Number of padded tile rows times columns of the largest matrix, an upper bound of a buffer.
     pub fn largest_matrix(&self) -> usize {
-        let tiles = |s: &crate::model::weights::Shape| {
-            s.rows.div_ceil(BLOCK) * BLOCK * s.cols.div_ceil(BLOCK) * BLOCK
-        };
-        crate::model::weights::shapes(self).iter().map(tiles).max().unwrap_or(0)
+        let tiles = |s: &Shape| s.rows.div_ceil(BLOCK) * BLOCK * s.cols.div_ceil(BLOCK) * BLOCK;
+        shapes(&self.frozen()).iter().map(tiles).max().unwrap_or(0)
     }
 }

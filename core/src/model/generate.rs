@@ -7,7 +7,7 @@ use manyhands_shaders::x1::philox;
 use serde::{Deserialize, Serialize};
 
 use super::decoder::Decoder;
-use crate::engine::{Batch, Engine, EngineError, RowStats};
+use crate::engine::{Batch, Engine, EngineError, RowStats, Saturations};
 
 /// One completion to sample.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,33 +55,70 @@ struct Active {
     next: Vec<u32>,
 }
 
-/// Samples one completion a request, in the order of the requests. `progress` is told the number
-/// of tokens sampled so far after every step and may stop the work by returning `false`; the
-/// completions are then incomplete.
+/// What was sampled, and what was clamped on the way.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Generated {
+    /// One a request.
+    pub completions: Vec<Completion>,
+    /// Clamped values, as if each request had been computed by itself.
+    pub saturations: Saturations,
+}
+
+/// A prompt that several requests begin with, all but its last token.
+#[derive(Default)]
+struct Shared {
+    prompt: Vec<u32>,
+    /// Clamped values of one pass over it.
+    saturations: Saturations,
+}
+
+/// Samples one completion a request, in the order of the requests. Requests that follow each other
+/// with the same prompt share its pass. `progress` is told the number of tokens sampled so far
+/// after every step and may stop the work by returning `false`; the completions are then
+/// incomplete.
 pub async fn generate<E: Engine>(
     engine: &E,
     decoder: &Decoder<E>,
     requests: &[Request],
     sampling: &Sampling,
     mut progress: impl FnMut(usize, &[Completion]) -> bool,
-) -> Result<Vec<Completion>, EngineError> {
+) -> Result<Generated, EngineError> {
+    let mut saturations = engine.take_saturations().await?;
     let mut done = vec![Completion::default(); requests.len()];
     let longest = requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0);
     let slots = sampling.slots.clamp(1, requests.len().max(1));
-    let mut caches = decoder.caches(engine, slots, longest + sampling.max_new_tokens);
+    // The last slot holds the prompt that is shared.
+    let mut caches = decoder.caches(engine, slots + 1, longest + sampling.max_new_tokens);
+    let mut shared = Shared::default();
     let mut free: Vec<usize> = (0..slots).rev().collect();
-    let mut waiting = requests.iter().enumerate();
+    let mut waiting = requests.iter().enumerate().peekable();
     let mut active: Vec<Active> = Vec::new();
     let mut sampled = 0;
     loop {
         while !free.is_empty()
-            && let Some((request, r)) = waiting.next()
+            && let Some((request, Request { prompt, .. })) = waiting.next()
         {
             let slot = free.pop().expect("a slot is free");
-            active.push(Active { request, slot, position: 0, next: r.prompt.clone() });
+            let (prefix, last) = prompt.split_at(prompt.len() - 1);
+            let again = waiting.peek().is_some_and(|(_, next)| next.prompt == *prompt);
+            if shared.prompt != *prompt && again && !prefix.is_empty() {
+                saturations.merge(&engine.take_saturations().await?);
+                let mut batch = Batch::default();
+                batch.push(slots, 0, prefix);
+                decoder.states(engine, &batch, &mut caches);
+                shared.prompt.clone_from(prompt);
+                shared.saturations = engine.take_saturations().await?;
+            }
+            if shared.prompt == *prompt {
+                caches.iter_mut().for_each(|cache| engine.copy_slot(cache, slots, slot));
+                saturations.merge(&shared.saturations);
+                active.push(Active { request, slot, position: prefix.len(), next: last.to_vec() });
+            } else {
+                active.push(Active { request, slot, position: 0, next: prompt.clone() });
+            }
         }
         if active.is_empty() {
-            return Ok(done);
+            break;
         }
         let mut batch = Batch::default();
         let (mut last_rows, mut draws) = (Vec::new(), Vec::new());
@@ -93,7 +130,11 @@ pub async fn generate<E: Engine>(
             let draw = draw(sampling.seed, stream, done[a.request].tokens.len() as u32);
             draws.push(sampling.temperature_scale.map(|_| draw));
         }
-        let logits = decoder.logits(engine, &batch, &mut caches, &last_rows);
+        let mut h = decoder.states(engine, &batch, &mut caches);
+        if last_rows.len() != batch.rows() {
+            h = engine.rows(&h, &last_rows);
+        }
+        let logits = decoder.logits(engine, &h);
         let scale = sampling.temperature_scale.unwrap_or(UNIT_SCALE);
         let tokens = engine.sample(&logits, &draws, scale).await?;
         for (a, (token, stats)) in active.iter_mut().zip(tokens) {
@@ -112,9 +153,11 @@ pub async fn generate<E: Engine>(
             !ended
         });
         if !progress(sampled, &done) {
-            return Ok(done);
+            break;
         }
     }
+    saturations.merge(&engine.take_saturations().await?);
+    Ok(Generated { completions: done, saturations })
 }
 
 /// Temperature scale of the statistics when sampling is greedy: temperature 1.

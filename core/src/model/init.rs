@@ -10,11 +10,15 @@ const STREAM: u32 = 0x1417;
 
 /// f32 master weights in the order of [`shapes`]: gains 1; matrices normal with deviation
 /// `1 / sqrt(inputs)`, those that write to the residual stream divided by `sqrt(2 L)` as in GPT-2
-/// (Radford et al. 2019), the embedding halved.
+/// (Radford et al. 2019), the embedding halved. Of an adapter, `b` is 0, so that it changes nothing at first.
 pub fn master_weights(config: &ModelConfig, seed: u64) -> Vec<Vec<f32>> {
     let mut out = Vec::new();
     for (tensor, shape) in shapes(config).iter().enumerate() {
         let count = shape.rows * shape.cols;
+        if config.adapter.is_some() && shape.name.ends_with(".b") {
+            out.push(vec![0.0; count]);
+            continue;
+        }
         if shape.rows == 1 {
             out.push(vec![1.0; count]);
             continue;

@@ -36,6 +36,10 @@ pub enum EncodeError {
 pub trait Tokenizer {
     /// Tokens of a prompt, with all that a sequence begins with.
     fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, EncodeError>;
+    /// Tokens of an answer, without the one that ends it.
+    fn encode_answer(&self, text: &str) -> Result<Vec<u32>, EncodeError>;
+    /// The text of each token, which together are the text of all.
+    fn pieces(&self, tokens: &[u32]) -> Vec<String>;
     /// Text of a completion; control tokens have none.
     fn decode(&self, tokens: &[u32]) -> String;
     /// Token that ends a completion.
@@ -52,6 +56,14 @@ pub struct Bytes {
 impl Tokenizer for Bytes {
     fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, EncodeError> {
         encode_prompt(text, self.vocabulary)
+    }
+
+    fn encode_answer(&self, text: &str) -> Result<Vec<u32>, EncodeError> {
+        encode(text, self.vocabulary)
+    }
+
+    fn pieces(&self, tokens: &[u32]) -> Vec<String> {
+        pieces(tokens)
     }
 
     fn decode(&self, tokens: &[u32]) -> String {

@@ -1,7 +1,8 @@
 //! One published version of a model's parameters, in the exact formats.
 
-use manyhands_shaders::bfp::Tiles;
+use manyhands_shaders::bfp::{BLOCK, Tiles};
 
+use super::adapter::{PROJECTIONS, Projection};
 use super::config::ModelConfig;
 use crate::engine::cpu::{Path, simd};
 use crate::parallel;
@@ -15,33 +16,81 @@ pub struct Shape {
     pub rows: usize,
     /// Input features.
     pub cols: usize,
+    /// What is published is the trained value times two to this power.
+    pub scale_log2: i32,
 }
 
-/// The tensors of a layer, in order: name, and rows and columns from the configuration.
-type LayerTensor = (&'static str, fn(&ModelConfig) -> (usize, usize));
+/// Number of tensors a layer: norm, four projections, biases of three, norm, three projections.
+pub const fn layer_tensors(config: &ModelConfig) -> usize {
+    2 + PROJECTIONS + if config.bias { BIASED.len() } else { 0 }
+}
 
-/// Number of tensors a layer.
-pub const LAYER_TENSORS: usize = 9;
+/// The projections that have biases, if any have.
+pub const BIASED: [Projection; 3] = [Projection::Query, Projection::Key, Projection::Value];
 
-const LAYER: [LayerTensor; LAYER_TENSORS] = [
-    ("attention_norm", |c| (1, c.width)),
-    ("query", |c| (c.attention_width(), c.width)),
-    ("key", |c| (c.kv_width(), c.width)),
-    ("value", |c| (c.kv_width(), c.width)),
-    ("output", |c| (c.width, c.attention_width())),
-    ("ffn_norm", |c| (1, c.width)),
-    ("gate", |c| (c.ffn, c.width)),
-    ("up", |c| (c.ffn, c.width)),
-    ("down", |c| (c.width, c.ffn)),
-];
+/// What the name of a bias ends with.
+const BIAS: &str = "_bias";
 
-/// All parameter tensors in their canonical order: embedding, layers, final norm, head if untied.
+/// Parts of a bias of 10 bits each, which f32's 24 bits fit.
+const BIAS_PARTS: usize = 3;
+
+/// A bias is a matrix (O, 96): the sum of the columns at the beginning of each block of 32, where
+/// all else is zero. Its product with ones there is an exact product like any other.
+pub const BIAS_COLS: usize = BIAS_PARTS * BLOCK;
+
+/// Values (O) as such a matrix: each part is what the parts before it leave, rounded to a tile.
+pub(crate) fn bias_matrix(values: &[f32]) -> Vec<f32> {
+    let mut out = vec![0.0; values.len() * BIAS_COLS];
+    let mut rest = values.to_vec();
+    for part in 0..BIAS_PARTS {
+        let mut column = vec![0.0; values.len() * BLOCK];
+        column.iter_mut().step_by(BLOCK).zip(&rest).for_each(|(c, r)| *c = *r);
+        let tiles = Tiles::quantize(&column, values.len(), BLOCK);
+        for (i, rest) in rest.iter_mut().enumerate() {
+            let value = tiles.value(i, 0) as f32;
+            out[i * BIAS_COLS + part * BLOCK] = value;
+            *rest -= value;
+        }
+    }
+    out
+}
+
+/// Values (O) of such a matrix.
+pub(crate) fn bias_values(matrix: &[f32]) -> Vec<f32> {
+    matrix.chunks(BIAS_COLS).map(|row| row.iter().sum()).collect()
+}
+
+impl Shape {
+    /// Whether it is a bias, see [`BIAS_COLS`].
+    pub fn is_bias(&self) -> bool {
+        self.name.ends_with(BIAS)
+    }
+}
+
+/// The tensors of a version of the weights, in their canonical order: those of the adapter where
+/// there is one, else embedding, layers, final norm, and head if untied.
 pub fn shapes(config: &ModelConfig) -> Vec<Shape> {
-    let shape = |name: String, (rows, cols)| Shape { name, rows, cols };
+    if let Some(adapter) = &config.adapter {
+        return adapter.shapes(config);
+    }
+    let shape = |name: String, (rows, cols)| Shape { name, rows, cols, scale_log2: 0 };
     let mut out = vec![shape("embedding".into(), (config.vocabulary, config.width))];
     for layer in 0..config.layers {
-        let tensors = LAYER.iter();
-        out.extend(tensors.map(|(name, f)| shape(format!("layers.{layer}.{name}"), f(config))));
+        for projection in Projection::ALL {
+            let name = |own: &str| format!("layers.{layer}.{own}");
+            match projection {
+                Projection::Query => out.push(shape(name("attention_norm"), (1, config.width))),
+                Projection::Gate => {
+                    for biased in BIASED.iter().filter(|_| config.bias) {
+                        let name = name(&format!("{}{BIAS}", biased.name()));
+                        out.push(shape(name, (biased.shape(config).0, BIAS_COLS)));
+                    }
+                    out.push(shape(name("ffn_norm"), (1, config.width)));
+                }
+                _ => {}
+            }
+            out.push(shape(name(projection.name()), projection.shape(config)));
+        }
     }
     out.push(shape("final_norm".into(), (1, config.width)));
     if !config.tied {
@@ -60,8 +109,13 @@ pub enum Parameter {
 }
 
 impl Parameter {
-    /// Quantises f32 values of the given shape.
+    /// Quantises trained f32 values of the given shape.
     pub fn quantize(shape: &Shape, values: &[f32]) -> Self {
+        if shape.scale_log2 != 0 {
+            let scale = 2_f32.powi(shape.scale_log2);
+            let values: Vec<f32> = values.iter().map(|v| v * scale).collect();
+            return Self::Matrix(tiles(Path::best(), &values, shape.rows, shape.cols));
+        }
         if shape.rows > 1 {
             return Self::Matrix(tiles(Path::best(), values, shape.rows, shape.cols));
         }
@@ -78,7 +132,8 @@ simd! {
     }
 }
 
-/// A version of the weights: what a policy version's hash covers.
+/// A version of the weights: what a policy version's hash covers. Of a model with an adapter these
+/// are the adapter's factors; the configuration names what they adapt by its hash.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Weights {
     /// Shape of the model.
@@ -95,6 +150,19 @@ impl Weights {
         let pairs = shapes.iter().zip(master).collect();
         let parameters = parallel::map(pairs, |(s, m)| Parameter::quantize(s, m.as_ref()));
         Self { config: config.clone(), parameters }
+    }
+
+    /// What the parameters stand for, in the order of [`shapes`]; quantising it gives them again.
+    pub fn values(&self) -> Vec<Vec<f32>> {
+        let values = |(shape, parameter): (Shape, &Parameter)| match parameter {
+            Parameter::Gain(gain) => gain.iter().map(|g| *g as f32 / 4096.0).collect(),
+            Parameter::Matrix(t) => {
+                let scale = 2_f64.powi(-shape.scale_log2);
+                let value = |i| (t.value(i / shape.cols, i % shape.cols) * scale) as f32;
+                (0..shape.rows * shape.cols).map(value).collect()
+            }
+        };
+        shapes(&self.config).into_iter().zip(&self.parameters).map(values).collect()
     }
 
     /// BLAKE3 over format, configuration and every mantissa, exponent and gain, in order.

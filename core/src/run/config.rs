@@ -4,8 +4,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::learn::config::LearnConfig;
 use crate::learn::optimizer::AdamWConfig;
+use crate::model::adapter::{Adapter, Projection};
 use crate::model::config::ModelConfig;
 use crate::model::tokenizer::ASCII_VOCABULARY;
+use crate::swarm::ids::Hash;
 use crate::tasks::{Family, LEVEL_MAX};
 
 /// A whole run. In TOML: `name`, `seed`, `[model]`, `[[task]]`, `[sft]`, `[rl]`, `[eval]`,
@@ -44,14 +46,48 @@ pub struct RunConfig {
 pub struct ModelSection {
     /// Name of a preset: nano, micro, tiny, small, medium, base, smollm2-135m.
     pub preset: Option<String>,
-    /// A shape, instead of a preset.
+    /// A shape, instead of a preset; of an imported model its own, which is filled in.
     pub shape: Option<ModelConfig>,
+    /// Directory of an imported model, instead of either.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub import: Option<String>,
+    /// Hash of the imported weights; what the directory holds is filled in, or must be this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<Hash>,
+    /// Trains an adapter on the imported model, instead of the model itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraSection>,
+    /// What an imported model is told after each problem.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub instruction: String,
     /// Vocabulary of a preset: 128 covers ASCII, 256 every byte.
     #[serde(default = "default_vocabulary")]
     pub vocabulary: usize,
     /// Longest sequence of a preset, in tokens.
     #[serde(default = "default_context")]
     pub context: usize,
+}
+
+/// LoRA: see [`crate::model::adapter`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoraSection {
+    /// Rank of the factors.
+    #[serde(default = "default_rank")]
+    pub rank: usize,
+    /// The product of the factors counts `alpha / rank`, a power of two; default twice the rank.
+    pub alpha: Option<usize>,
+    /// Which matrices of every layer: query, key, value, output, gate, up, down; default all.
+    #[serde(default = "default_targets")]
+    pub targets: Vec<Projection>,
+}
+
+fn default_rank() -> usize {
+    16
+}
+
+fn default_targets() -> Vec<Projection> {
+    Projection::ALL.to_vec()
 }
 
 fn default_vocabulary() -> usize {
@@ -237,8 +273,8 @@ impl RunConfig {
     /// The shape of the model.
     pub fn model(&self) -> Result<ModelConfig, RunConfigError> {
         let m = &self.model;
-        let config = match (&m.preset, &m.shape) {
-            (Some(name), None) => match ModelConfig::preset(name, m.vocabulary, m.context) {
+        let config = match (&m.preset, &m.shape, &m.import) {
+            (Some(name), None, None) => match ModelConfig::preset(name, m.vocabulary, m.context) {
                 Some(config) => config,
                 None => {
                     let names: Vec<&str> = ModelConfig::preset_names().collect();
@@ -249,9 +285,21 @@ impl RunConfig {
                     );
                 }
             },
-            (None, Some(shape)) => shape.clone(),
-            _ => return error("model", "give either preset or [model.shape]"),
+            (None, Some(shape), None) => shape.clone(),
+            (None, Some(shape), Some(_)) => m.adapted(shape)?,
+            (None, None, Some(import)) => {
+                let problem = format!("{import:?} has not been read; the program fills it in");
+                return error("model.import", problem);
+            }
+            _ => return error("model", "give one of preset, [model.shape] and import"),
         };
+        if m.import.is_none() && (m.lora.is_some() || m.base.is_some()) {
+            return error("model.lora", "an adapter needs a model to adapt: name one by import");
+        }
+        if config.bias && config.adapter.is_none() {
+            let problem = "the model has biases, which are not trained: train an adapter to it";
+            return error("model.lora", problem);
+        }
         match config.validate() {
             Ok(()) => Ok(config),
             Err(e) => error(&format!("model.{}", e.key), e.problem),
@@ -270,7 +318,7 @@ impl RunConfig {
             return error("name", "use 1 to 64 letters, digits, `-` or `_`");
         }
         let model = self.model()?;
-        if model.vocabulary < ASCII_VOCABULARY {
+        if self.model.import.is_none() && model.vocabulary < ASCII_VOCABULARY {
             return error(
                 "model.vocabulary",
                 format!("byte tokens need {ASCII_VOCABULARY} or more"),
@@ -298,6 +346,29 @@ impl RunConfig {
             return error("checkpoint.every", "must be at least 1");
         }
         Ok(())
+    }
+}
+
+/// The imported weights among a run's files: as a blob that makes them from nothing.
+pub const IMPORTED_WEIGHTS: &str = "weights";
+
+impl ModelSection {
+    /// Path of a file of the imported model, as a run's files name it.
+    pub fn import_file(&self, name: &str) -> Option<String> {
+        self.import.as_ref().map(|dir| format!("{dir}/{name}"))
+    }
+
+    /// The imported model of this shape, with its adapter if one is trained.
+    fn adapted(&self, shape: &ModelConfig) -> Result<ModelConfig, RunConfigError> {
+        let (Some(base), None) = (self.base, &shape.adapter) else {
+            return error("model.base", "an imported model has a hash, and no adapter of its own");
+        };
+        let Some(lora) = &self.lora else { return Ok(shape.clone()) };
+        let mut targets = lora.targets.clone();
+        targets.sort_unstable();
+        let alpha = lora.alpha.unwrap_or(lora.rank.saturating_mul(2));
+        let adapter = Adapter { base, rank: lora.rank, alpha, targets };
+        Ok(ModelConfig { adapter: Some(adapter), ..shape.clone() })
     }
 }
 

@@ -1,8 +1,15 @@
-//! Where a run's problems come from: procedural families and the user's own files, by weight.
+//! What a run reads beside its file: where its problems come from (procedural families and the
+//! user's own files, by weight), and the imported model that it trains, if it does.
+
+use std::fmt;
+use std::sync::Arc;
 
 use manyhands_shaders::x1::philox;
 
 use super::config::{RunConfig, RunConfigError};
+use crate::model::config::ModelConfig;
+use crate::model::tokenizer::{Bytes, Tokenizer};
+use crate::model::weights::Weights;
 use crate::tasks::{Family, Problem, Split, jsonl};
 
 /// Stream of the generator that picks sources.
@@ -23,12 +30,32 @@ pub struct Drawn {
     source: usize,
 }
 
+/// A tokenizer that threads share.
+pub type Language = Arc<dyn Tokenizer + Send + Sync>;
+
+/// An imported model that a run trains.
+#[derive(Clone)]
+pub struct Imported {
+    /// Its weights.
+    pub weights: Arc<Weights>,
+    /// What reads and writes its text.
+    pub language: Language,
+}
+
 /// All sources of a run.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Problems {
     seed: u64,
     sources: Vec<(Source, u32)>,
     weight_sum: u64,
+    language: Language,
+    imported: Option<Arc<Weights>>,
+}
+
+impl fmt::Debug for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Problems").field("sources", &self.sources).finish_non_exhaustive()
+    }
 }
 
 impl Problems {
@@ -63,7 +90,36 @@ impl Problems {
             sources.push((source, task.weight));
         }
         let weight_sum = sources.iter().map(|(_, w)| u64::from(*w)).sum();
-        Ok(Self { seed: config.seed, sources, weight_sum })
+        let language = Arc::new(Bytes { vocabulary: config.model()?.vocabulary });
+        Ok(Self { seed: config.seed, sources, weight_sum, language, imported: None })
+    }
+
+    /// For a run that trains an imported model.
+    #[must_use]
+    pub fn with_model(self, imported: Imported) -> Self {
+        let Imported { weights, language } = imported;
+        Self { imported: Some(weights), language, ..self }
+    }
+
+    /// What reads and writes the model's text.
+    pub fn language(&self) -> &dyn Tokenizer {
+        &*self.language
+    }
+
+    /// The imported model, if there is one.
+    pub fn model(&self) -> Option<Imported> {
+        let (weights, language) = (self.imported.clone()?, self.language.clone());
+        Some(Imported { weights, language })
+    }
+
+    /// The imported weights, if the run trains them and no adapter.
+    pub fn initial(&self, model: &ModelConfig) -> Option<&Weights> {
+        self.imported.as_deref().filter(|_| model.adapter.is_none())
+    }
+
+    /// The weights of the imported model, if there is one.
+    pub fn imported(&self) -> Option<&Arc<Weights>> {
+        self.imported.as_ref()
     }
 
     /// Problem `index` of a split: a function of seed, split and index.

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use serde::{Deserialize, Serialize};
 
 use super::rollout::{Rollout, Sampled};
-use crate::model::tokenizer::{decode, pieces};
+use crate::model::tokenizer::Tokenizer;
 
 /// Groups that are kept; the oldest make room.
 pub const SAMPLE_GROUPS_MAX: usize = 24;
@@ -58,6 +58,7 @@ pub(super) fn add(
     samples: &mut VecDeque<SampleGroup>,
     step: u64,
     sampled: &Sampled,
+    language: &dyn Tokenizer,
     advantage: impl Fn(usize, usize) -> Option<f64>,
 ) {
     // What the step learned from comes first, in index order.
@@ -71,9 +72,9 @@ pub(super) fn add(
             step,
             index: g as u32,
             policy_version: sampled.version,
-            problem: decode(&first.prompt),
+            problem: language.decode(&first.prompt),
             rollouts_sampled: group.len() as u32,
-            rollouts: rollouts.map(|r| sample(&group[r], advantage(g, r))).collect(),
+            rollouts: rollouts.map(|r| sample(&group[r], language, advantage(g, r))).collect(),
         });
     }
     while samples.len() > SAMPLE_GROUPS_MAX {
@@ -93,14 +94,14 @@ fn chosen(group: &[Rollout]) -> impl Iterator<Item = usize> {
     all.into_iter()
 }
 
-fn sample(rollout: &Rollout, advantage: Option<f64>) -> SampleRollout {
+fn sample(rollout: &Rollout, language: &dyn Tokenizer, advantage: Option<f64>) -> SampleRollout {
     let shown = rollout.tokens.len().min(SAMPLE_TOKENS_MAX);
     SampleRollout {
         reward: rollout.reward,
         advantage,
         ended: rollout.ended,
         length: rollout.tokens.len() as u32,
-        tokens: pieces(&rollout.tokens[..shown]),
+        tokens: language.pieces(&rollout.tokens[..shown]),
         entropies: rollout.entropies[..shown].to_vec(),
     }
 }
@@ -110,7 +111,9 @@ mod tests {
     use manyhands_shaders::twin::SITE_COUNT;
 
     use super::*;
-    use crate::model::tokenizer::END;
+    use crate::model::tokenizer::{Bytes, END};
+
+    const BYTES: Bytes = Bytes { vocabulary: 128 };
 
     fn rollout(reward: f64, length: usize) -> Rollout {
         let mut tokens = vec![u32::from(b'x'); length - 1];
@@ -138,7 +141,7 @@ mod tests {
         let mut samples = VecDeque::new();
         for step in 1..=20 {
             let advantage = |g: usize, _| (g == 1 || g == 3).then_some(0.5);
-            add(&mut samples, step, &of(), advantage);
+            add(&mut samples, step, &of(), &BYTES, advantage);
         }
         assert_eq!(samples.len(), SAMPLE_GROUPS_MAX);
         let last: Vec<_> = samples.iter().rev().take(3).map(|g| (g.step, g.index)).collect();
@@ -171,7 +174,7 @@ mod tests {
     #[test]
     fn sample_of_a_long_rollout_is_cut() {
         let length = SAMPLE_TOKENS_MAX + 9;
-        let s = sample(&rollout(1.0, length), None);
+        let s = sample(&rollout(1.0, length), &BYTES, None);
         assert_eq!((s.tokens.len(), s.entropies.len()), (SAMPLE_TOKENS_MAX, SAMPLE_TOKENS_MAX));
         assert_eq!(s.length as usize, length);
     }

@@ -74,11 +74,17 @@ const SECOND_MOMENT: &str = "second_moment";
 const REFERENCE: &str = "reference";
 
 impl State {
-    /// The state before the first step.
-    pub fn new(config: &RunConfig, model: &ModelConfig) -> Self {
-        let decays = shapes(model).into_iter().map(|s| s.rows > 1);
-        let master = master_weights(model, config.seed);
-        let tensors = master.into_iter().zip(decays).map(|(m, d)| TensorState::new(m, d));
+    /// The state before the first step. A run that trains an imported model itself begins with its
+    /// weights, `initial`; all others with what their seed draws.
+    pub fn new(config: &RunConfig, model: &ModelConfig, initial: Option<&Weights>) -> Self {
+        let master = match initial {
+            Some(weights) => weights.values(),
+            None => master_weights(model, config.seed),
+        };
+        let tensors = master.into_iter().zip(shapes(model)).map(|(master, shape)| TensorState {
+            scale_log2: shape.scale_log2,
+            ..TensorState::new(master, shape.rows > 1)
+        });
         let mut state = Self {
             phase: Phase::Sft,
             step: 0,
@@ -198,6 +204,7 @@ impl State {
             first_moment,
             second_moment,
             decays: shape.rows > 1,
+            scale_log2: shape.scale_log2,
         });
         let state = Self {
             phase: scalars.phase,

@@ -10,7 +10,7 @@ use super::problems::Problems;
 use super::report::{Part, Progress};
 use super::state::State;
 use crate::engine::Engine;
-use crate::model::decoder::Decoder;
+use crate::model::decoder::{Decoder, Loader};
 
 /// Versions that are kept on the engine: the policy and the reference.
 const DECODERS_MAX: usize = 2;
@@ -22,6 +22,7 @@ pub struct Trainer<'e, E: Engine> {
     pub pipeline: Pipeline,
     /// Most recently used last.
     decoders: Vec<(Arc<Version>, Decoder<E>)>,
+    loader: Loader<E>,
 }
 
 impl<'e, E: Engine> Trainer<'e, E> {
@@ -35,7 +36,7 @@ impl<'e, E: Engine> Trainer<'e, E> {
         let mut pipeline = Pipeline::new(config, problems, state)?;
         // One engine has nothing to overlap, and every boundary can be saved.
         pipeline.set_barrier(true);
-        Ok(Self { engine, pipeline, decoders: Vec::new() })
+        Ok(Self { engine, pipeline, decoders: Vec::new(), loader: Loader::default() })
     }
 
     /// All that changes.
@@ -75,7 +76,11 @@ impl<'e, E: Engine> Trainer<'e, E> {
         let known = self.decoders.iter().position(|(v, _)| Arc::ptr_eq(v, version));
         let entry = match known {
             Some(i) => self.decoders.remove(i),
-            None => (version.clone(), Decoder::new(self.engine, &version.weights)),
+            None => {
+                let imported = self.pipeline.problems().imported().map(AsRef::as_ref);
+                let decoder = self.loader.load(self.engine, &version.weights, imported);
+                (version.clone(), decoder)
+            }
         };
         let surplus = (self.decoders.len() + 1).saturating_sub(DECODERS_MAX);
         self.decoders.drain(..surplus);

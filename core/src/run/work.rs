@@ -252,8 +252,10 @@ impl Work {
                 forward(requests[i].prompt.len() + claims[i].len() - 1)
             }
             Self::Score { sequences, .. } => forward(sequences[i].tokens.len() - 1),
-            // Two products of the backward pass for each of the forward pass.
-            Self::Gradient { sequences, .. } => 3 * forward(sequences[i].tokens.len() - 1),
+            Self::Gradient { sequences, .. } => {
+                let rows = sequences[i].tokens.len() - 1;
+                rows as u64 * model.gradient_multiply_adds(rows.div_ceil(2))
+            }
         }
     }
 }

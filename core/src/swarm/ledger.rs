@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::ids::{Hash, PeerKey, Signature};
+use crate::run::config::{IMPORTED_WEIGHTS, RunConfig};
 use crate::run::job::JobPath;
 
 /// The accepted result of a unit of work.
@@ -65,7 +66,8 @@ pub enum Entry {
     Open {
         /// The run file, as canonical JSON.
         config: String,
-        /// Problem files that the run file names: path and content hash.
+        /// Files that the run file names, of problems and of an imported model: path and content
+        /// hash.
         files: Vec<(String, Hash)>,
         /// Digest of the arithmetic: `conformance::suite::DIGEST`.
         digest: String,
@@ -154,10 +156,21 @@ pub enum Entry {
 }
 
 impl Entry {
+    /// The imported weights of a run that adapts them, and the blob that makes them from nothing.
+    pub fn imported(&self) -> Option<(Hash, Hash)> {
+        let Self::Open { config, files, .. } = self else { return None };
+        let config: RunConfig = serde_json::from_str(config).ok()?;
+        let path = config.model.import_file(IMPORTED_WEIGHTS)?;
+        let (_, blob) = files.iter().find(|(name, _)| *name == path)?;
+        Some((config.model.base?, *blob))
+    }
+
     /// Blobs that make weights: what volunteers ask for.
     pub fn weight_blobs(&self) -> Vec<Hash> {
         match self {
-            Self::Open { full, .. } => vec![*full],
+            Self::Open { full, .. } => {
+                std::iter::once(*full).chain(self.imported().map(|(_, blob)| blob)).collect()
+            }
             Self::Version { delta, full, .. } => std::iter::once(*delta).chain(*full).collect(),
             _ => Vec::new(),
         }

@@ -91,7 +91,7 @@ impl Recovered {
             past.take(record.sequence, &record.entry);
         }
         let model = config.model()?;
-        let mut state = State::new(&config, &model);
+        let mut state = State::new(&config, &model, problems.initial(&model));
         let mut snapshot_ordinal = 0;
         for (ordinal, files) in snapshots {
             let (stored, snapshot) = State::load(files)?;

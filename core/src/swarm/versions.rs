@@ -29,6 +29,9 @@ impl Versions {
     pub(super) fn take(&mut self, entry: &Entry) {
         match entry {
             Entry::Open { weights, full, .. } => {
+                if let Some((imported, blob)) = entry.imported() {
+                    self.insert(None, imported, Hash([0; 32]), blob, Some(blob));
+                }
                 self.insert(Some(0), *weights, Hash([0; 32]), *full, Some(*full));
             }
             Entry::Version { ordinal, update, weights, delta, base, full, .. } => {

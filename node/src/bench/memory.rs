@@ -11,7 +11,7 @@ use super::{Row, Table};
 const STEPS: usize = 1000;
 
 /// A field of `/proc/self/status` in bytes; `None` where there is no such file.
-fn status(field: &str) -> Option<u64> {
+pub(super) fn status(field: &str) -> Option<u64> {
     let text = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = text.lines().find(|l| l.starts_with(field))?;
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)

@@ -6,6 +6,7 @@
 mod audit;
 mod blobs;
 mod memory;
+mod model;
 mod peers;
 mod products;
 mod swarm;
@@ -32,6 +33,9 @@ enum Section {
     Decode,
     /// Auditing rollouts by prefill, against generating them.
     Audit,
+    /// A model of 135 million parameters: prompts and decoding, against llama.cpp, and the gradient
+    /// of an adapter, against PyTorch.
+    Model,
     /// Cost by model size, context and batch.
     Scale,
     /// Peak memory of a training step, and growth over many.
@@ -51,6 +55,12 @@ pub struct BenchArgs {
     /// A Python with numpy and torch, for the yardsticks [default: none].
     #[arg(long, value_name = "PYTHON")]
     peer: Option<PathBuf>,
+    /// llama.cpp as a yardstick: the directory of its shared libraries [default: none].
+    #[arg(long, value_name = "DIR", requires_all = ["peer", "gguf"])]
+    llama: Option<PathBuf>,
+    /// The model that llama.cpp is measured with: SmolLM2-135M in 8 bits, for a fair comparison.
+    #[arg(long, value_name = "FILE", requires = "llama")]
+    gguf: Option<PathBuf>,
     /// Threads to measure with, separated by commas [default: 1 and all cores].
     #[arg(long, value_delimiter = ',')]
     threads: Vec<usize>,
@@ -143,6 +153,12 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     }
     if wanted(Section::Audit) {
         audit::run(&mut table, &threads, args.rounds)?;
+    }
+    if wanted(Section::Model) {
+        let paths = args.llama.as_deref().zip(args.gguf.as_deref());
+        let llama = paths.map(|(directory, model)| model::Llama { directory, model });
+        model::cpu(&mut table, &threads, args.rounds, peer, llama.as_ref())?;
+        model::wgpu(&mut table)?;
     }
     if wanted(Section::Scale) {
         training::scale(&mut table, all)?;

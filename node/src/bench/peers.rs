@@ -5,7 +5,11 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use super::model::Llama;
+
 const GEMM: &str = include_str!("../../peers/gemm.py");
+const LLAMA: &str = include_str!("../../peers/llama.py");
+const TORCH_LORA: &str = include_str!("../../peers/torch_lora.py");
 const TORCH_STEP: &str = include_str!("../../peers/torch_step.py");
 
 /// Which kernels OpenBLAS uses.
@@ -55,8 +59,39 @@ pub(super) fn gemm(
 pub(super) fn torch_step(peer: &Path, threads: usize, preset: &str) -> Result<f64> {
     let args = [threads.to_string(), "12".into(), preset.into()];
     let text = python(peer, TORCH_STEP, &args, Kernels::Best)?;
+    rates(&text).first().copied().with_context(|| format!("the torch yardstick printed {text:?}"))
+}
+
+/// Tokens per second of the gradient of LoRA factors in PyTorch, f32: (steps, batch, tokens, rank).
+pub(super) fn torch_lora(peer: &Path, threads: usize, sizes: [usize; 4]) -> Result<f64> {
+    let mut args = vec![threads.to_string()];
+    args.extend(sizes.iter().map(usize::to_string));
+    let text = python(peer, TORCH_LORA, &args, Kernels::Best)?;
+    rates(&text).first().copied().with_context(|| format!("the torch yardstick printed {text:?}"))
+}
+
+/// Tokens per second of llama.cpp: a prompt of so many tokens, then decoding so many of each of
+/// so many sequences at once.
+pub(super) fn llama(
+    peer: &Path,
+    llama: &Llama<'_>,
+    threads: usize,
+    [prompt, new]: [usize; 2],
+    batches: &[usize],
+) -> Result<Vec<f64>> {
+    let mut args: Vec<String> =
+        [llama.directory, llama.model].map(|p| p.display().to_string()).into();
+    args.extend([threads, prompt, new].iter().chain(batches).map(usize::to_string));
+    let text = python(peer, LLAMA, &args, Kernels::Best)?;
+    let rates = rates(&text);
+    if rates.len() != batches.len() + 1 {
+        bail!("the llama.cpp yardstick printed {text:?}");
+    }
+    Ok(rates)
+}
+
+/// The numbers after `tokens/s`.
+fn rates(text: &str) -> Vec<f64> {
     let words: Vec<&str> = text.split_whitespace().collect();
-    let rate =
-        words.iter().position(|w| *w == "tokens/s").and_then(|i| words.get(i + 1)?.parse().ok());
-    rate.with_context(|| format!("the torch yardstick printed {text:?}"))
+    words.windows(2).filter(|w| w[0] == "tokens/s").filter_map(|w| w[1].parse().ok()).collect()
 }

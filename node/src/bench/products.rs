@@ -27,7 +27,7 @@ const SHAPES: [[usize; 3]; 8] = [
 const WGPU_SHAPES: [[usize; 3]; 3] = [[256, 768, 256], [512, 512, 512], [64, 1536, 576]];
 
 /// Operations of a product: a multiply and an add are two.
-fn operations([m, n, k]: [usize; 3]) -> f64 {
+pub(super) fn operations([m, n, k]: [usize; 3]) -> f64 {
     2.0 * (m * n * k) as f64
 }
 

@@ -13,7 +13,8 @@ use crate::engines::EngineChoice;
 use crate::local_swarm::LocalSwarm;
 use crate::train::{parse_run, train};
 
-/// Steps that take long against the units that they are cut into, as in a real run.
+/// Steps that take long against the units that they are cut into, and volunteers that have earned
+/// trust for most of the run, as in a real one.
 const RUN: &str = r#"
 name = "bench-swarm"
 [model]
@@ -24,11 +25,11 @@ context = 96
 family = "spell_backward"
 level = 4
 [sft]
-steps = 12
-batch = 768
+steps = 16
+batch = 3072
 [rl]
-steps = 6
-prompts = 48
+steps = 8
+prompts = 192
 group_size = 16
 max_new_tokens = 64
 policy_lag = 1
@@ -39,14 +40,15 @@ problems = 8
 samples = 2
 k = [1]
 [checkpoint]
-every = 6
+every = 8
 [swarm]
-unit_seconds = 5.0
+unit_seconds = 1.0
+newcomer_audits = 4
 "#;
 
 /// Makes the run twice; the weights must be equal.
 pub(super) fn run(table: &mut Table, threads: usize) -> Result<()> {
-    let config = parse_run(RUN).context("in the bench's run file")?;
+    let config = parse_run(RUN, Path::new(".")).context("in the bench's run file")?;
     let scratch = Scratch::new()?;
     let engine = |threads| EngineArgs { engine: EngineChoice::Cpu, threads };
     let started = Instant::now();
@@ -65,12 +67,12 @@ pub(super) fn run(table: &mut Table, threads: usize) -> Result<()> {
     let audits = 100.0 * audits.unwrap_or(0.0);
     let row = |engine: &str, seconds: f64, ratio, note: String| Row {
         name: "swarm".into(),
-        shape: "micro, 12 SFT and 6 RL steps".into(),
+        shape: "micro, 16 SFT and 8 RL steps".into(),
         threads,
         engine: engine.into(),
         adapter: String::new(),
         median_s: seconds,
-        rate: 18.0 / seconds,
+        rate: 24.0 / seconds,
         unit: "steps/s",
         ratio,
         note,

@@ -94,6 +94,7 @@ impl Actor {
         let (done, executed) = mpsc::channel(EVENTS_MAX);
         let auditor = auditor::start(
             setup.config.model()?,
+            setup.problems.imported().cloned(),
             setup.threads,
             keep.storage.clone(),
             keep.served.clone(),

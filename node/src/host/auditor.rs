@@ -5,7 +5,8 @@ use std::sync::{Arc, mpsc};
 use anyhow::{Context, Result};
 use manyhands_core::engine::cpu::Cpu;
 use manyhands_core::model::config::ModelConfig;
-use manyhands_core::model::decoder::Decoder;
+use manyhands_core::model::decoder::{Decoder, Loader};
+use manyhands_core::model::weights::Weights;
 use manyhands_core::run::execute::execute;
 use manyhands_core::swarm::coordinator::Execution;
 use manyhands_core::swarm::ids::Hash;
@@ -24,6 +25,7 @@ const DECODERS_MAX: usize = 3;
 /// Where audits go in. What comes out goes to `done`.
 pub(super) fn start(
     model: ModelConfig,
+    imported: Option<Arc<Weights>>,
     threads: usize,
     storage: Arc<Storage>,
     served: Arc<BlobStore>,
@@ -32,20 +34,28 @@ pub(super) fn start(
     let (send, receive) = mpsc::channel::<Execution>();
     std::thread::spawn(move || {
         let engine = Cpu::new(model.constants(), thread_count(threads), None);
-        let mut decoders: Vec<(Hash, Decoder<Cpu>)> = Vec::new();
+        let mut shelf = Shelf { imported, loader: Loader::default(), decoders: Vec::new() };
         for execution in receive {
             let get = |hash: &Hash| find(&storage, &served, hash);
             let id = execution.audit;
-            done(id, audit(&engine, &model, &mut decoders, &execution, get));
+            done(id, audit(&engine, &model, &mut shelf, &execution, get));
         }
     });
     send
 }
 
+/// The versions that are on the engine.
+struct Shelf {
+    /// What they adapt, if they do.
+    imported: Option<Arc<Weights>>,
+    loader: Loader<Cpu>,
+    decoders: Vec<(Hash, Decoder<Cpu>)>,
+}
+
 fn audit(
     engine: &Cpu,
     model: &ModelConfig,
-    decoders: &mut Vec<(Hash, Decoder<Cpu>)>,
+    Shelf { imported, loader, decoders }: &mut Shelf,
     execution: &Execution,
     get: impl Fn(&Hash) -> Option<Vec<u8>>,
 ) -> Result<Hash> {
@@ -54,11 +64,12 @@ fn audit(
     let claimed = get(&execution.result).context("the result is not stored")?;
     let claimed = decode_output(&claimed, &unit.work, model)?;
     if !decoders.iter().any(|(hash, _)| *hash == unit.weights) {
+        let imported = imported.as_deref();
         let decoder = match &execution.version {
-            Some(version) => Decoder::new(engine, &version.weights),
+            Some(version) => loader.load(engine, &version.weights, imported),
             None => {
                 let built = weights::build(unit.weights, None, &execution.plan, model, &get)?;
-                Decoder::new(engine, &built)
+                loader.load(engine, &built, imported)
             }
         };
         decoders.push((unit.weights, decoder));

@@ -31,11 +31,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::blobs::BlobStore;
 use crate::cli::runs_dir;
-use crate::clock;
 use crate::net::Net;
 use crate::storage::Storage;
 use crate::store::read_bounded;
 use crate::train::{open_problems, parse_run};
+use crate::{clock, imported};
 use keep::find;
 use place::Place;
 
@@ -138,6 +138,11 @@ impl Run {
             let bytes = read_bounded(&base.join(&path), FILE_BYTES_MAX)?;
             files.push((path, blobs.put(&bytes)?));
         }
+        if let Some(imported) = problems.model() {
+            for (name, bytes) in imported::files(&config, &base, &imported)? {
+                files.push((name, blobs.put(&bytes)?));
+            }
+        }
         Ok(Self { config, problems, files })
     }
 
@@ -153,16 +158,24 @@ impl Run {
             let bytes = bytes.ok_or("this directory has no copy of it; name the run file")?;
             String::from_utf8(bytes).map_err(|e| e.to_string())
         };
-        let problems = Problems::open(&config, read)?;
+        let mut problems = Problems::open(&config, read)?;
+        if config.model.import.is_some() {
+            let of = |path: &str| {
+                let (_, hash) = files.iter().find(|(name, _)| name == path)?;
+                find(storage, blobs, hash)
+            };
+            problems = problems.with_model(imported::from_blobs(&config, &of)?);
+        }
         Ok(Self { config, problems, files })
     }
 }
 
 /// Reads a run file.
-fn read_run(path: &Path) -> Result<RunConfig> {
+pub(crate) fn read_run(path: &Path) -> Result<RunConfig> {
     let text = String::from_utf8(read_bounded(path, RUN_BYTES_MAX)?)
         .context("the run file is not UTF-8")?;
-    parse_run(&text).with_context(|| format!("in {}", path.display()))
+    parse_run(&text, path.parent().unwrap_or(Path::new(".")))
+        .with_context(|| format!("in {}", path.display()))
 }
 
 async fn host(args: &HostArgs) -> Result<ExitCode> {

@@ -10,8 +10,8 @@ use manyhands_core::import::names::Source;
 use serde_json::Value as Json;
 
 use super::tokenizer;
-use crate::language::{Marks, TEMPLATE_FILE, TOKENIZER_FILE};
 use crate::store::read_bounded;
+use manyhands_core::language::{Marks, TEMPLATE_FILE, TOKENIZER_FILE};
 
 /// Largest file of weights.
 const WEIGHTS_BYTES_MAX: u64 = 64 << 30;

@@ -8,7 +8,7 @@ use hf_hub::{Cache, Repo, RepoType};
 use manyhands_core::import::hf::CONFIG_FILE;
 
 use super::files::TOKENIZER_CONFIG_FILE;
-use crate::language::{TEMPLATE_FILE, TOKENIZER_FILE};
+use manyhands_core::language::{TEMPLATE_FILE, TOKENIZER_FILE};
 
 /// Begins the name of a model on the hub.
 pub const SCHEME: &str = "hf:";

@@ -25,10 +25,10 @@ use manyhands_core::model::weights::Weights;
 use serde::{Deserialize, Serialize};
 
 use crate::cli::EngineArgs;
-use crate::language::{Language, Marks, Message, TEMPLATE_FILE, TOKENIZER_FILE};
 use crate::store::{read_bounded, write_checkpoint};
 use crate::{engines, with_engine};
 use files::{Files, TextFiles};
+use manyhands_core::language::{Language, Marks, Message, TEMPLATE_FILE, TOKENIZER_FILE};
 
 /// Where an imported checkpoint says what it was made of.
 pub const IMPORT_FILE: &str = "import.json";
@@ -54,7 +54,8 @@ pub struct ImportArgs {
     /// Compare with the original on this text [default: a built-in one of 1,200 tokens].
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
-    /// Tokens of the text that are compared at once: the longest context that is measured.
+    /// Tokens of the text that are compared at once, within the model's context: the longest context
+    /// that is measured.
     #[arg(long, default_value_t = 512)]
     window: usize,
     /// Do not compare with the original.
@@ -230,18 +231,15 @@ fn measure(
     tokens: &[u32],
     say: &impl Fn(&str),
 ) -> Result<Comparison> {
-    let context = weights.config.context;
-    ensure!(
-        (2..=context).contains(&args.window),
-        "--window must lie in 2 to the context of {context}"
-    );
+    ensure!(args.window >= 2, "--window must be at least 2");
+    let window = args.window.min(weights.config.context);
     ensure!(tokens.len() >= 2, "the text has fewer than two tokens; give a longer --text");
     let engine =
         engines::choose(args.engine.engine, args.engine.threads, weights.config.constants())?;
     say(&format!("comparing with the original on {} tokens, {}", tokens.len(), engine.describe()));
     let report = with_engine!(&engine, |engine| {
         let decoder = Decoder::new(engine.as_ref(), weights);
-        on(engine.as_ref(), reference, &decoder, tokens, args.window)?
+        on(engine.as_ref(), reference, &decoder, tokens, window)?
     });
     ensure!(
         report.kl.is_finite() && report.ppl_source.is_finite(),

@@ -4,11 +4,14 @@ use anyhow::{Context, Result, bail, ensure};
 use manyhands_core::import::gguf::{Gguf, Value};
 use serde_json::{Map, Value as Json, json};
 
-use crate::language::Marks;
+use manyhands_core::language::Marks;
 
 /// Kinds of tokens in `tokenizer.ggml.token_type`.
-const CONTROL: i64 = 3;
-const USER_DEFINED: i64 = 4;
+pub(crate) const CONTROL: i64 = 3;
+pub(crate) const USER_DEFINED: i64 = 4;
+
+/// Ways to cut text that are known.
+pub(crate) const PRE_TOKENIZERS: [&str; 4] = ["gpt-2", "smollm", "llama-bpe", "qwen2"];
 
 /// GPT-4's way of cutting text, with up to `digits` digits a piece.
 fn gpt4(digits: &str) -> String {
@@ -18,7 +21,7 @@ fn gpt4(digits: &str) -> String {
 }
 
 /// How text is cut before merging: the rules that `tokenizer.ggml.pre` names.
-fn pre_tokenizer(name: &str) -> Result<Json> {
+pub(crate) fn pre_tokenizer(name: &str) -> Result<Json> {
     let byte_level = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
     let split = |pattern: String| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
     let sequence =
@@ -31,7 +34,8 @@ fn pre_tokenizer(name: &str) -> Result<Json> {
         "llama-bpe" => sequence(split(gpt4("{1,3}")), byte_level(false)),
         "qwen2" => sequence(split(gpt4("")), byte_level(false)),
         _ => bail!(
-            "tokenizer.ggml.pre: {name:?} is not known (gpt-2, smollm, llama-bpe and qwen2 are); import the safetensors files with their tokenizer.json instead"
+            "tokenizer.ggml.pre: {name:?} is not known ({} are); import the safetensors files with their tokenizer.json instead",
+            PRE_TOKENIZERS.join(", ")
         ),
     })
 }

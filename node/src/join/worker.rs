@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use manyhands_core::engine::Engine;
 use manyhands_core::model::config::ModelConfig;
-use manyhands_core::model::decoder::Decoder;
+use manyhands_core::model::decoder::{Decoder, Loader};
 use manyhands_core::model::init::master_weights;
 use manyhands_core::model::weights::Weights;
 use manyhands_core::run::execute::{execute, score};
@@ -129,6 +129,8 @@ fn compute<E: Engine>(
     events: &mpsc::Sender<Event>,
 ) -> Result<()> {
     let mut loaded: BTreeMap<Hash, (Arc<Weights>, Decoder<E>)> = BTreeMap::new();
+    let mut loader = Loader::default();
+    let imported = model.adapter.as_ref().map(|a| a.base);
     #[cfg(feature = "attacks")]
     let mut liar = lie.map(crate::attack::Liar::new);
     #[cfg(not(feature = "attacks"))]
@@ -141,9 +143,18 @@ fn compute<E: Engine>(
             Task::Forget(hash) => drop(loaded.remove(&hash)),
             Task::Load { want, base, blobs, get } => {
                 let base = base.and_then(|b| loaded.get(&b)).map(|(w, _)| w.clone());
-                let event = match weights::build(want, base, &blobs, model, get) {
+                let is_imported = imported == Some(want);
+                let shape = if is_imported { model.frozen() } else { model.clone() };
+                let event = match weights::build(want, base, &blobs, &shape, get) {
+                    Ok(weights) if is_imported => {
+                        loader.set_base(engine, Arc::unwrap_or_clone(weights));
+                        Event::Weights { hash: want, loaded: true }
+                    }
+                    Ok(_) if imported.is_some() && !loader.has_base() => {
+                        bail!("an adapter came before the model that it adapts")
+                    }
                     Ok(weights) => {
-                        let decoder = Decoder::new(engine, &weights);
+                        let decoder = loader.load(engine, &weights, None);
                         loaded.insert(want, (weights, decoder));
                         Event::Weights { hash: want, loaded: true }
                     }

@@ -1,5 +1,7 @@
 //! A swarm of real processes in one directory, for tests.
 
+#![allow(dead_code, reason = "each test binary uses a part")]
+
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -111,10 +113,15 @@ pub(crate) fn join(dir: &Path, host: &str, name: &str) -> Process {
 
 /// The same, with more arguments.
 pub(crate) fn join_with(dir: &Path, host: &str, name: &str, args: &[&str]) -> Process {
+    join_on(dir, host, name, "cpu", args)
+}
+
+/// The same, on this engine.
+pub(crate) fn join_on(dir: &Path, host: &str, name: &str, engine: &str, args: &[&str]) -> Process {
     let url = fs::read_to_string(dir.join(host).join("url")).unwrap();
     let mut join = manyhands();
     join.arg("join").arg(url).arg("--dir").arg(dir.join(name));
-    join.args(["--threads", "1", "--engine", "cpu"]).args(args);
+    join.args(["--threads", "1", "--engine", engine]).args(args);
     let log = File::create(dir.join(format!("{name}.log"))).unwrap();
     join.stdout(Stdio::null()).stderr(log);
     Process(join.spawn().unwrap())

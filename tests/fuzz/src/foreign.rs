@@ -56,6 +56,8 @@ fn model(tied: bool) -> ModelConfig {
         ffn: WIDTH,
         context: 16,
         tied,
+        bias: false,
+        adapter: None,
         ..ModelConfig::preset("nano", 34, 16).expect("a preset")
     }
 }

@@ -348,7 +348,7 @@ pub fn floats() -> Vec<Vec<u8>> {
 pub fn checkpoint() -> BTreeMap<String, Vec<u8>> {
     let config = run_file();
     let model = config.model().expect("a model");
-    State::new(&config, &model).save(&config, &model).1
+    State::new(&config, &model, None).save(&config, &model).1
 }
 
 pub fn states() -> Vec<Vec<u8>> {

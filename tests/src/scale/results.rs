@@ -95,7 +95,7 @@ impl World<'_> {
     fn open(&mut self, path: JobPath) {
         self.jobs.insert(path, self.items);
         let whole = 0..self.items;
-        self.scheduler.open(path, item_cost(Kind::of(path.stage)), 1 << 20, &[whole]);
+        self.scheduler.open(path, item_cost(Kind::of(path.stage)), 1..=1 << 20, &[whole]);
     }
 
     pub(super) fn audit_myself(&mut self) {

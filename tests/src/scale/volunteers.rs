@@ -1,9 +1,10 @@
 //! Volunteers and their network: they come and go, ask, compute and send.
 
-use manyhands_core::swarm::scheduler::{Assignment, Kind, LEASES_A_VOLUNTEER_MAX, TaskId};
+use manyhands_core::swarm::ids::PeerKey;
+use manyhands_core::swarm::scheduler::{Assignment, Kind, LEASES_A_VOLUNTEER_MAX, TaskId, Turn};
 
 use super::results::item_cost;
-use super::world::{Unit, What, Work, World, key};
+use super::world::{Unit, What, Work, World, index, key};
 
 /// Multiply-adds a second of the slowest volunteer; the fastest is 20 times faster.
 const SPEED_MIN: f64 = 5e9;
@@ -100,6 +101,9 @@ impl World<'_> {
             return;
         }
         v.visit += 1;
+        for waiting in &mut self.waiting {
+            waiting.release(&key(who));
+        }
         if v.honesty == Honesty::Honest {
             self.figures.present_seconds += (self.now_ms - v.since_ms) as f64 / 1e3;
         }
@@ -137,31 +141,40 @@ impl World<'_> {
                 return self.answer(who, None);
             }
             let which = usize::from(!self.scheduler.is_trusted(&key(who)));
-            self.waiting[which].push_back((self.now_ms + HOLD_MS, who, v.visit));
+            self.waiting[which].hold(key(who), v.speed[2], self.now_ms + HOLD_MS, ());
         }
     }
 
-    /// Answers questions that were kept: as far as there is work, and those that are old.
+    /// Answers questions that were kept: as far as there is work; and those that are old.
     pub(super) fn serve_waiting(&mut self) {
         for which in [0, 1] {
-            while let Some(&(until_ms, who, visit)) = self.waiting[which].front() {
-                let may_audit = which == 0 && self.scheduler.audits_waiting() > 0;
-                let is_due = until_ms <= self.now_ms;
-                if !is_due && !may_audit && !self.scheduler.has_units(self.now_ms) {
-                    break;
+            while let Some(peer) = self.waiting[which].due(self.now_ms) {
+                self.waiting[which].release(&peer);
+                if !self.give(index(&peer)) {
+                    self.answer(index(&peer), None);
                 }
-                self.waiting[which].pop_front();
-                if visit != self.volunteers[who].visit || self.give(who) {
-                    continue;
-                }
-                if is_due {
-                    self.answer(who, None);
-                    continue;
-                }
-                // Nothing that suits it, which may suit the next one: at the next occasion.
-                self.waiting[which].push_back((until_ms, who, visit));
-                break;
             }
+            let mut turn = Turn::of_the_oldest();
+            while which == 0
+                && self.scheduler.audits_waiting() > 0
+                && let Some(peer) = self.waiting[which].next(&mut turn)
+            {
+                self.try_waiting(which, peer, &mut turn);
+            }
+            let mut turn = Turn::of_the_fastest();
+            while self.scheduler.has_units(self.now_ms)
+                && let Some(peer) = self.waiting[which].next(&mut turn)
+            {
+                self.try_waiting(which, peer, &mut turn);
+            }
+        }
+    }
+
+    fn try_waiting(&mut self, which: usize, peer: PeerKey, turn: &mut Turn) {
+        if self.give(index(&peer)) {
+            self.waiting[which].release(&peer);
+        } else {
+            turn.in_vain += 1;
         }
     }
 

@@ -1,12 +1,12 @@
 //! The simulated time: what happens when, and to whom.
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::collections::BTreeMap;
 
 use manyhands_core::run::job::JobPath;
 use manyhands_core::swarm::ids::PeerKey;
-use manyhands_core::swarm::scheduler::{Scheduler, TaskId};
+use manyhands_core::swarm::scheduler::{Scheduler, TaskId, Waiting};
 
+use super::agenda::Agenda;
 use super::bytes::Sizes;
 use super::volunteers::{Honesty, Volunteer};
 use super::{Figures, Scale};
@@ -18,7 +18,7 @@ pub(super) const OWN_SPEED: f64 = 2e10;
 /// Between two looks at what lapsed.
 const TICK_MS: u64 = 1000;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug)]
 pub(super) enum What {
     /// A volunteer comes.
     Arrive,
@@ -39,7 +39,7 @@ pub(super) enum What {
 }
 
 /// A lease: what it costs and how it is computed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Work {
     pub(super) task: TaskId,
     pub(super) cost: u64,
@@ -62,19 +62,18 @@ pub(super) struct Audit {
     pub(super) holds: Option<TaskId>,
 }
 
-/// When, order among the same, whose, at which of its visits, what.
-type Due = (u64, u64, u32, u32, What);
+/// Whose, at which of its visits, what.
+type Due = (u32, u32, What);
 
 pub(super) struct World<'a> {
     pub(super) scale: &'a Scale,
     pub(super) scheduler: Scheduler,
     pub(super) sizes: Sizes,
-    queue: BinaryHeap<Reverse<Due>>,
+    agenda: Agenda<Due>,
     events: u64,
     pub(super) volunteers: Vec<Volunteer>,
-    /// Questions for work that have no answer yet, of those who may audit and of the others: until
-    /// when, whose, at which visit.
-    pub(super) waiting: [VecDeque<(u64, usize, u32)>; 2],
+    /// Questions for work that have no answer yet, of those who may audit and of the others.
+    pub(super) waiting: [Waiting<()>; 2],
     pub(super) units: BTreeMap<TaskId, Unit>,
     pub(super) audits: BTreeMap<TaskId, Audit>,
     /// Items that a job still needs.
@@ -94,7 +93,7 @@ pub(super) fn key(i: usize) -> PeerKey {
     PeerKey(bytes)
 }
 
-fn index(key: &PeerKey) -> usize {
+pub(super) fn index(key: &PeerKey) -> usize {
     key.0[..8].iter().rev().fold(0, |sum, b| sum << 8 | usize::from(*b))
 }
 
@@ -104,10 +103,10 @@ impl<'a> World<'a> {
             scale,
             scheduler: Scheduler::new(scale.policy.clone(), 0),
             sizes: Sizes::new(),
-            queue: BinaryHeap::new(),
+            agenda: Agenda::new(),
             events: 0,
             volunteers: Vec::new(),
-            waiting: [VecDeque::new(), VecDeque::new()],
+            waiting: Default::default(),
             units: BTreeMap::new(),
             audits: BTreeMap::new(),
             jobs: BTreeMap::new(),
@@ -148,13 +147,13 @@ impl<'a> World<'a> {
     pub(super) fn push(&mut self, at_ms: u64, who: usize, what: What) {
         let visit = self.volunteers.get(who).map_or(0, |v| v.visit);
         self.events += 1;
-        self.queue.push(Reverse((at_ms, self.events, who as u32, visit, what)));
+        self.agenda.push(at_ms, (who as u32, visit, what));
     }
 
     pub(super) fn run(mut self) -> Figures {
         let half = self.scale.steps / 2;
         let mut first_half = None;
-        while let Some(Reverse((at, _, who, visit, what))) = self.queue.pop() {
+        while let Some((at, (who, visit, what))) = self.agenda.pop() {
             self.now_ms = at;
             self.event(who as usize, visit, what);
             if self.step >= half && first_half.is_none() {

@@ -2,16 +2,19 @@
 //! Outputs are pure functions of weights and item, so each is computed once and remembered.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use manyhands_core::engine::Saturations;
 use manyhands_core::engine::cpu::Cpu;
 use manyhands_core::model::config::ModelConfig;
-use manyhands_core::model::decoder::Decoder;
+use manyhands_core::model::decoder::{Decoder, Loader};
+use manyhands_core::model::init::master_weights;
+use manyhands_core::model::tokenizer::Bytes;
 use manyhands_core::model::weights::Weights;
 use manyhands_core::run::config::RunConfig;
 use manyhands_core::run::execute::execute;
 use manyhands_core::run::pipeline::Advanced;
-use manyhands_core::run::problems::Problems;
+use manyhands_core::run::problems::{Imported, Problems};
 use manyhands_core::run::report::StepReport;
 use manyhands_core::run::state::State;
 use manyhands_core::run::trainer::Trainer;
@@ -87,29 +90,57 @@ pub struct Lab {
     pub problems: Problems,
     /// Its model.
     pub model: ModelConfig,
+    /// The run's files by their names: problems, and an imported model.
+    pub files: Vec<(String, Vec<u8>)>,
     /// Hash of the final weights of one machine on its own.
     pub solo: Hash,
     /// What that machine reported.
     pub reports: Vec<StepReport>,
     engine: Cpu,
     versions: BTreeMap<Hash, (Weights, Decoder<Cpu>)>,
+    loader: Loader<Cpu>,
     outputs: BTreeMap<Hash, Output>,
 }
 
 impl Lab {
     /// Trains the run on one machine.
     pub fn new(shape: Shape) -> Self {
+        Self::of(shape, None)
+    }
+
+    /// The same run with an adapter on a model that was made elsewhere.
+    pub fn adapter(shape: Shape) -> Self {
+        let config = Self::config(shape).model().expect("the shape is valid");
+        Self::of(shape, Some(Weights::quantize(&config, &master_weights(&config, 77))))
+    }
+
+    fn config(shape: Shape) -> RunConfig {
         let text = RUN
             .replace("SFT_STEPS", &shape.sft_steps.to_string())
             .replace("RL_STEPS", &shape.rl_steps.to_string())
             .replace("POLICY_LAG", &shape.policy_lag.to_string());
-        let config: RunConfig = toml::from_str(&text).expect("the run file is TOML");
+        toml::from_str(&text).expect("the run file is TOML")
+    }
+
+    fn of(shape: Shape, imported: Option<Weights>) -> Self {
+        let mut config = Self::config(shape);
+        if let Some(weights) = &imported {
+            config.model.import = Some("imported".into());
+            config.model.base = Some(weights.hash().into());
+            config.model.lora = toml::from_str("rank = 4\ntargets = [\"query\", \"up\"]").ok();
+        }
         let line = |i: usize| format!("{{\"prompt\":\"{i}=\",\"answer\":\"{}\"}}\n", i % 2);
         let lines: String = (0..24).map(line).collect();
-        let problems = Problems::open(&config, |_| Ok(lines.clone())).expect("problems are JSONL");
+        let mut problems =
+            Problems::open(&config, |_| Ok(lines.clone())).expect("problems are JSONL");
         let model = config.model().expect("the shape is valid");
+        let mut files = vec![("problems".to_string(), lines.into_bytes())];
+        if let Some(weights) = imported {
+            files.push(("imported/weights".into(), delta::encode(None, &weights)));
+            problems = problems.with_model(Self::imported(weights));
+        }
         let engine = Cpu::new(model.constants(), 1, None);
-        let state = State::new(&config, &model);
+        let state = State::new(&config, &model, None);
         let mut trainer = Trainer::new(&engine, config.clone(), problems.clone(), state)
             .expect("the run file is valid");
         let mut reports = Vec::new();
@@ -120,8 +151,14 @@ impl Lab {
         }
         let solo = trainer.weights_hash().into();
         drop(trainer);
-        let (versions, outputs) = (BTreeMap::new(), BTreeMap::new());
-        Self { config, problems, model, solo, reports, engine, versions, outputs }
+        let (versions, outputs, loader) = (BTreeMap::new(), BTreeMap::new(), Loader::default());
+        Self { config, problems, model, files, solo, reports, engine, versions, outputs, loader }
+    }
+
+    /// A model whose tokens are bytes, as if it had been imported.
+    pub fn imported(weights: Weights) -> Imported {
+        let language = Arc::new(Bytes { vocabulary: weights.config.vocabulary });
+        Imported { weights: Arc::new(weights), language }
     }
 
     /// Learns the version that a blob makes; whatever its base is must be known.
@@ -129,8 +166,12 @@ impl Lab {
         let (base, result) = delta::hashes(blob).expect("the coordinator publishes versions");
         if !self.versions.contains_key(&result) {
             let base = base.map(|b| &self.versions.get(&b).expect("a base was published").0);
-            let weights = delta::apply(base, &self.model, blob).expect("a version applies");
-            let decoder = Decoder::new(&self.engine, &weights);
+            let imported = self.problems.imported();
+            let is_imported = imported.is_some_and(|i| Hash::from(i.hash()) == result);
+            let model = if is_imported { self.model.frozen() } else { self.model.clone() };
+            let weights = delta::apply(base, &model, blob).expect("a version applies");
+            let imported = imported.map(AsRef::as_ref);
+            let decoder = self.loader.load(&self.engine, &weights, imported);
             self.versions.insert(result, (weights, decoder));
         }
         result

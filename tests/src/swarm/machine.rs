@@ -251,6 +251,9 @@ impl World<'_> {
 
     fn compute(&mut self, i: usize, hash: Hash, unit: &Unit) {
         assert!(self.machines[i].weights.contains(&unit.weights), "computed without its weights");
+        if let Some(adapter) = &self.lab.model.adapter {
+            assert!(self.machines[i].weights.contains(&adapter.base), "adapts what it has not");
+        }
         let output = self.lab.compute(unit);
         let cost = unit.work.multiply_adds(&output, &self.lab.model);
         let jitter = self.random.between(0.7, 1.4);

@@ -324,10 +324,15 @@ impl<'a> World<'a> {
     fn recover(&mut self) {
         let config = self.lab.config.clone();
         let snapshots = self.store.snapshots.iter().rev();
+        let mut files = Vec::new();
+        for (name, bytes) in &self.lab.files {
+            files.push((name.clone(), Hash::of(bytes)));
+            self.store.blobs.insert(Hash::of(bytes), bytes.clone());
+        }
         let start = Start {
             config,
             problems: self.lab.problems.clone(),
-            files: Vec::new(),
+            files,
             secret: self.secret.clone(),
             audit_seed: [9; 32],
             token: "token".into(),

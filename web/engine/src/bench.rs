@@ -3,20 +3,23 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use js_sys::{Array, Function, Uint8Array};
+use js_sys::{Array, Function, Promise, Uint8Array};
 use manyhands_core::conformance::suite;
-use manyhands_core::engine::Engine;
+use manyhands_core::engine::{Batch, Engine};
 use manyhands_core::engine::cpu::{Cpu, Path};
 use manyhands_core::engine::gpu::Gpu;
 use manyhands_core::model::config::ModelConfig;
-use manyhands_core::model::decoder::Decoder;
+use manyhands_core::model::decoder::{Decoder, Loader};
+use manyhands_core::model::generate::draw;
 use manyhands_core::model::weights::Weights;
 use manyhands_core::run::execute::execute;
 use manyhands_core::swarm::delta;
 use manyhands_core::swarm::ids::Hash;
 use manyhands_core::swarm::unit::{Unit, encode_output};
-use serde::Serialize;
+use manyhands_shaders::twin::logits::temperature_scale;
+use serde::{Deserialize, Serialize};
 use wasm_bindgen::prelude::*;
+use wasm_bindgen_futures::JsFuture;
 
 use crate::adapter;
 use crate::speed;
@@ -24,11 +27,12 @@ use crate::speed;
 /// An engine with the weights that it has loaded.
 struct Bench<E: Engine> {
     engine: E,
+    loader: Loader<E>,
     weights: BTreeMap<Hash, (Arc<Weights>, Decoder<E>)>,
 }
 
 enum Any {
-    Cpu(Bench<Cpu>),
+    Cpu(Box<Bench<Cpu>>),
     Gpu(Box<Bench<Gpu>>),
 }
 
@@ -72,7 +76,7 @@ fn hash(text: &str) -> Result<Hash, JsError> {
 
 impl<E: Engine> Bench<E> {
     fn new(engine: E) -> Self {
-        Self { engine, weights: BTreeMap::new() }
+        Self { engine, loader: Loader::default(), weights: BTreeMap::new() }
     }
 
     /// Runs the suite, and measures speed if it passes.
@@ -100,8 +104,16 @@ impl<E: Engine> Bench<E> {
     ) -> Result<(), JsError> {
         let base = base.and_then(|b| self.weights.get(&b)).map(|(weights, _)| weights.clone());
         let blobs = blobs.iter().map(|blob| Uint8Array::from(blob).to_vec());
+        if model.adapter.as_ref().is_some_and(|a| a.base == want) {
+            let weights = delta::build(want, base, blobs, &model.frozen()).map_err(error)?;
+            self.loader.set_base(&self.engine, Arc::unwrap_or_clone(weights));
+            return Ok(());
+        }
         let weights = delta::build(want, base, blobs, model).map_err(error)?;
-        let decoder = Decoder::new(&self.engine, &weights);
+        if model.adapter.is_some() && !self.loader.has_base() {
+            return Err(error("an adapter came before the model that it adapts"));
+        }
+        let decoder = self.loader.load(&self.engine, &weights, None);
         self.weights.insert(want, (weights, decoder));
         Ok(())
     }
@@ -114,6 +126,69 @@ impl<E: Engine> Bench<E> {
         let output = execute(&self.engine, decoder, &unit.work, progress).await.map_err(error)?;
         Ok(encode_output(&output))
     }
+
+    /// Goes on from `prompt`, one token after the other, as `manyhands sample` does; `say` is told
+    /// each token, and decides in its own time whether to go on.
+    async fn answer(
+        &self,
+        weights: Hash,
+        prompt: &[u32],
+        ask: &Ask,
+        say: &Function,
+    ) -> Result<(), JsError> {
+        let found = self.weights.get(&weights);
+        let (_, decoder) = found.ok_or_else(|| error("a prompt came before the weights"))?;
+        let config = &decoder.config;
+        if prompt.is_empty() || prompt.iter().any(|t| *t as usize >= config.vocabulary) {
+            return Err(error("the prompt has no tokens, or some that the model does not know"));
+        }
+        let room = config.context.saturating_sub(prompt.len());
+        if room == 0 {
+            let context = config.context;
+            return Err(error(format!(
+                "this is more than the model's context of {context} tokens; begin anew, or say less"
+            )));
+        }
+        let mut caches = decoder.caches(&self.engine, 1, prompt.len() + room);
+        let (mut next, mut position) = (prompt.to_vec(), 0);
+        for i in 0..room {
+            let mut batch = Batch::default();
+            batch.push(0, position, &next);
+            position += next.len();
+            let h = decoder.states(&self.engine, &batch, &mut caches);
+            let h = self.engine.rows(&h, &[next.len() as u32 - 1]);
+            let logits = decoder.logits(&self.engine, &h);
+            let draws = [(!ask.greedy).then(|| draw(ask.seed.into(), STREAM, i as u32))];
+            let sampled = self.engine.sample(&logits, &draws, temperature_scale(1.0));
+            let token = sampled.await.map_err(error)?[0].0;
+            let told = say.call1(&JsValue::NULL, &token.into()).map_err(thrown)?;
+            let goes_on = JsFuture::from(Promise::resolve(&told)).await.map_err(thrown)?;
+            if token == ask.end || !goes_on.is_truthy() {
+                break;
+            }
+            next = vec![token];
+        }
+        Ok(())
+    }
+}
+
+/// How an answer is made.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Ask {
+    /// Always the most likely token, instead of a draw at temperature 1.
+    greedy: bool,
+    /// Of the draws.
+    seed: u32,
+    /// The token that ends it.
+    end: u32,
+}
+
+/// The random stream of `manyhands sample`'s first prompt.
+const STREAM: [u32; 3] = [0, 2 << 24, 0];
+
+fn thrown(value: JsValue) -> JsError {
+    error(format!("{value:?}"))
 }
 
 #[wasm_bindgen(js_class = Engine)]
@@ -134,7 +209,7 @@ impl TabEngine {
             let report = bench.prove("wasm", Path::best().to_string()).await?;
             let cpu = Cpu::new(probe.constants(), 1, None);
             let speed = speed::measure(&cpu, &probe).await.map_err(error)?;
-            (Any::Cpu(bench), report, speed)
+            (Any::Cpu(Box::new(bench)), report, speed)
         };
         report.speed = speed;
         let report = serde_json::to_string(&report).map_err(error)?;
@@ -151,7 +226,7 @@ impl TabEngine {
         let model: ModelConfig = serde_json::from_str(config).map_err(error)?;
         let constants = model.constants();
         self.any = match &self.any {
-            Any::Cpu(_) => Any::Cpu(Bench::new(Cpu::new(constants, 1, None))),
+            Any::Cpu(_) => Any::Cpu(Box::new(Bench::new(Cpu::new(constants, 1, None)))),
             Any::Gpu(bench) => {
                 let gpu = bench.engine.for_model(constants).map_err(error)?;
                 Any::Gpu(Box::new(Bench::new(gpu)))
@@ -172,6 +247,20 @@ impl TabEngine {
     pub fn forget(&mut self, weights: &str) {
         let Some(hash) = Hash::parse(weights) else { return };
         with_bench!(&mut self.any, |bench| drop(bench.weights.remove(&hash)));
+    }
+
+    /// Answers a prompt under loaded weights. `ask` is JSON; `say` gets each token, and returns, or
+    /// promises, whether to go on.
+    pub async fn answer(
+        &self,
+        weights: &str,
+        prompt: &[u32],
+        ask: &str,
+        say: &Function,
+    ) -> Result<(), JsError> {
+        let ask: Ask = serde_json::from_str(ask).map_err(error)?;
+        let weights = hash(weights)?;
+        with_bench!(&self.any, |bench| bench.answer(weights, prompt, &ask, say).await)
     }
 
     /// How long submissions to the graphics device took, as JSON; nothing for other engines.

@@ -8,24 +8,20 @@ use manyhands_shaders::x1::{LIM, flush};
 use super::kernel::{EXPONENT_SHIFT, TILE, TILE_BLOCK};
 use super::operands::Weight;
 use super::path::simd;
-use super::scalar::{rne64, shift};
+use super::scalar::rne64;
 use super::workers::Shared;
 use super::{Cpu, Tensor};
 
 simd! {
-    /// Values of one token in one tile: `pairs` holds the pair of tokens it belongs to.
-    fn values(pairs: &[i16], odd: usize, e: i32, out: &mut [i32]) -> u64 {
+    /// Values of one token in one tile: `pairs` begins with its first pair of channels.
+    fn values(pairs: &[[i16; 2]], e: i32, out: &mut [i32]) -> u64 {
         let up = e + ACTIVATION_FRACTION;
-        if up <= 20 {
-            for (o, m) in out.iter_mut().zip(pairs.as_chunks::<2>().0) {
-                *o = shift(i32::from(m[odd]), -up);
-            }
-            return 0;
-        }
         let mut count = 0;
-        for (o, m) in out.iter_mut().zip(pairs.as_chunks::<2>().0) {
-            *o = flush(i32::from(m[odd]), -up);
-            count += u64::from(o.abs() == LIM);
+        for (pair, out) in pairs.iter().step_by(TILE).zip(out.chunks_mut(2)) {
+            for (m, o) in pair.iter().zip(out) {
+                *o = flush(i32::from(*m), -up);
+                count += u64::from(up > 20 && o.abs() == LIM);
+            }
         }
         count
     }
@@ -44,7 +40,7 @@ simd! {
 pub(super) fn forward(cpu: &Cpu, w: &Weight, tokens: &[u32]) -> Tensor {
     let mut out = cpu.tensor_of(tokens.len(), w.cols);
     let shared = Shared::new(&mut out.data);
-    let b = &w.backward;
+    let packed = &w.forward;
     cpu.workers.ranges(tokens.len(), 1, tokens.len() * w.cols / 4, |range| {
         let mut count = 0;
         for r in range {
@@ -53,10 +49,10 @@ pub(super) fn forward(cpu: &Cpu, w: &Weight, tokens: &[u32]) -> Tensor {
             // SAFETY: each row is visited once.
             let out = unsafe { shared.part(r * w.cols, w.cols) };
             for (tile, out) in out.chunks_mut(TILE).enumerate() {
-                let at = tile * b.blocks + token / BLOCK;
-                let pairs = &b.mantissas[at * TILE_BLOCK + token % BLOCK / 2 * 64..][..64];
-                let e = b.exponents[at] >> EXPONENT_SHIFT;
-                count += values(cpu.path, pairs, token % 2, e, out);
+                let at = token / BLOCK * packed.blocks + tile;
+                let pairs = packed.mantissas[at * TILE_BLOCK..].as_chunks().0;
+                let e = packed.exponents[at] >> EXPONENT_SHIFT;
+                count += values(cpu.path, &pairs[token % BLOCK..], e, out);
             }
         }
         cpu.tally.add(Site::Embedding, count);

@@ -16,7 +16,7 @@ use super::path::simd;
 use super::scalar::{rne64, sat};
 use super::workers::Shared;
 use super::{Cpu, Tensor};
-use crate::engine::Batch;
+use crate::engine::{Batch, copy_part};
 
 /// Largest head size.
 pub(super) const HEAD_MAX: usize = 256;
@@ -91,6 +91,18 @@ pub(super) fn cache(cpu: &Cpu, slots: usize, capacity: usize) -> Cache {
     out.key_exponents.fill(0);
     out.value_exponents.fill(0);
     out
+}
+
+/// Slot `from` also becomes slot `to`: everything is kept slot after slot.
+pub(super) fn copy_slot(c: &AttentionConstants, cache: &mut Cache, from: usize, to: usize) {
+    let positions = c.kv_heads * cache.capacity;
+    let mantissas = positions * padded(c.head_dim);
+    copy_part(&mut cache.keys, mantissas, from, to);
+    copy_part(&mut cache.values, mantissas, from, to);
+    copy_part(&mut cache.key_columns, positions, from, to);
+    copy_part(&mut cache.key_max, positions / TILE, from, to);
+    copy_part(&mut cache.key_exponents, positions, from, to);
+    copy_part(&mut cache.value_exponents, positions, from, to);
 }
 
 /// Rotates `x` (D) into `out` (D) by `cos` and `sin` (D / 2), `sign` -1 for the inverse.

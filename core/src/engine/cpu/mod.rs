@@ -33,10 +33,10 @@ mod workers;
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use manyhands_shaders::bfp::WEIGHT_BITS;
+use manyhands_shaders::bfp::{ACTIVATION_BITS, WEIGHT_BITS};
 use manyhands_shaders::twin::{ACTIVATION_FRACTION, GRADIENT_FRACTION};
 
-use super::{Batch, Constants, Engine, EngineError, RowStats, Saturations, SeedRow, Tiles};
+use super::{Back, Batch, Constants, Engine, EngineError, RowStats, Saturations, SeedRow, Tiles};
 pub use buffer::Buffer;
 pub use heads::{Cache, Queries};
 pub use norm::Norm;
@@ -154,6 +154,10 @@ impl Engine for Cpu {
         Gradient { data }
     }
 
+    fn blocks(&self, x: &Tensor) -> Panels {
+        quantize::rows(self, x, -ACTIVATION_FRACTION, ACTIVATION_BITS)
+    }
+
     fn embed(&self, embedding: &Weight, batch: &Batch) -> Tensor {
         embedding::forward(self, embedding, &batch.tokens)
     }
@@ -179,6 +183,10 @@ impl Engine for Cpu {
         heads::forward(self, qkv, batch, cache)
     }
 
+    fn copy_slot(&self, cache: &mut Cache, from: usize, to: usize) {
+        heads::copy_slot(&self.constants.attention, cache, from, to);
+    }
+
     fn attention(&self, q: &Queries, cache: &Cache, batch: &Batch) -> Panels {
         attention::forward(self, q, cache, batch)
     }
@@ -195,27 +203,34 @@ impl Engine for Cpu {
         out
     }
 
+    fn concat(&self, parts: &[&Tensor]) -> Tensor {
+        let mut out = self.tensor_of(parts.iter().map(|p| p.rows()).sum(), parts[0].cols);
+        let mut rest = &mut out.data[..];
+        for part in parts {
+            let to;
+            (to, rest) = rest.split_at_mut(part.data.len());
+            to.copy_from_slice(&part.data);
+        }
+        out
+    }
+
     fn seed(&self, logits: &Tensor, rows: &[SeedRow], scale: i32) -> Tensor {
         logits::seed(self, logits, rows, scale)
     }
 
-    fn linear_backward<const K: usize>(
-        &self,
-        dy: [&Tensor; K],
-        x: &Panels,
-        w: [&Weight; K],
-        batch: &Batch,
-        grads: [&mut Gradient; K],
-    ) -> Tensor {
-        let mut dx = self.tensor_of(x.rows, w[0].cols);
+    fn linear_backward(&self, x: &Panels, batch: &Batch, products: Vec<Back<'_, Self>>) -> Tensor {
+        let mut dx = self.tensor_of(x.rows, products[0].w.cols);
         let tokens = TokenBlocks::new(&batch.segments);
-        let along = weight_gradient::pack_x(self, x, &tokens);
+        let trains = products.iter().any(|p| p.grad.is_some());
+        let along = trains.then(|| weight_gradient::pack_x(self, x, &tokens));
         let mut output = Output::Store;
-        for ((dy, w), grad) in dy.into_iter().zip(w).zip(grads) {
+        for Back { dy, w, grad } in products {
             assert!(dy.cols == w.rows && dx.cols == w.cols, "a gradient of another width");
-            weight_gradient::add(self, dy, &along, &tokens, w.cols, &mut grad.data);
+            if let (Some(grad), Some(along)) = (grad, &along) {
+                weight_gradient::add(self, dy, along, &tokens, w.cols, &mut grad.data);
+            }
             let g = quantize::rows(self, dy, -GRADIENT_FRACTION, WEIGHT_BITS);
-            self.product(&g, &w.backward, GRADIENT_FRACTION, &mut dx, output);
+            self.product(&g, w.backward(self), GRADIENT_FRACTION, &mut dx, output);
             output = Output::Add;
         }
         dx
@@ -226,10 +241,12 @@ impl Engine for Cpu {
         dn: &Tensor,
         norm: &Norm,
         gain: &Vec<i32>,
-        grad: &mut Gradient,
+        grad: Option<&mut Gradient>,
         dh: Option<Tensor>,
     ) -> Tensor {
-        norm::backward(self, dn, norm, gain, &mut grad.data, dh)
+        let mut unused = vec![0; gain.len()];
+        let grad = grad.map_or(&mut unused[..], |g| &mut g.data);
+        norm::backward(self, dn, norm, gain, grad, dh)
     }
 
     fn swiglu_backward(&self, da: &Tensor, [gate, up]: &[Tensor; 2]) -> [Tensor; 2] {
@@ -274,6 +291,10 @@ impl Engine for Cpu {
 
     async fn read_gradient<'a>(&self, grad: &'a Gradient) -> Result<Cow<'a, [i64]>, EngineError> {
         Ok(Cow::Borrowed(&grad.data))
+    }
+
+    fn count_saturations(&self, on: bool) {
+        self.tally.count(on);
     }
 
     async fn take_saturations(&self) -> Result<Saturations, EngineError> {

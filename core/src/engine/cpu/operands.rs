@@ -1,7 +1,7 @@
 //! Operands of products in the layouts of [`super::kernel`].
 #![expect(unsafe_code, reason = "tiles are packed by several threads")]
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use manyhands_shaders::bfp::{BLOCK, Tiles, padded};
 
@@ -69,75 +69,103 @@ pub(super) struct Packed {
     pub(super) exponents: Buffer<i32>,
 }
 
-/// A weight matrix (O, C), packed for both directions.
+/// A weight matrix (O, C), packed for the forward direction, and for the other one once somebody
+/// asks: who samples never does.
 pub struct Weight {
     /// O.
     pub(super) rows: usize,
     /// C.
     pub(super) cols: usize,
-    /// Contraction along C.
+    /// Contraction along C; also read as the embedding.
     pub(super) forward: Packed,
-    /// Contraction along O; also read as the embedding.
-    pub(super) backward: Packed,
+    backward: OnceLock<Packed>,
 }
+
+/// A tile as `[16 pairs of the contraction][32]`.
+type TilePairs = [[i16; 2]; TILE_BLOCK / 2];
 
 impl Weight {
     /// Packs tiles.
     pub(super) fn new(cpu: &Cpu, t: &Tiles) -> Self {
         let (row_tiles, col_tiles) = (t.rows.div_ceil(BLOCK), t.cols.div_ceil(BLOCK));
-        let packed = |tiles: usize, blocks: usize| Packed {
+        let stride = padded(t.cols);
+        let forward = Packed::fill(cpu, row_tiles, col_tiles, |i, to| {
+            let (r, c) = (i / col_tiles, i % col_tiles);
+            let from = &t.mantissas[r * BLOCK * stride + c * BLOCK..];
+            let is_zero = pack_tile(cpu.path, from, stride, to);
+            if is_zero { ZERO_EXPONENT } else { i32::from(t.exponents[i]) << EXPONENT_SHIFT }
+        });
+        Self { rows: t.rows, cols: t.cols, forward, backward: OnceLock::new() }
+    }
+
+    /// Contraction along O.
+    pub(super) fn backward(&self, cpu: &Cpu) -> &Packed {
+        self.backward.get_or_init(|| {
+            let f = &self.forward;
+            Packed::fill(cpu, f.blocks, f.tiles, |i, to| {
+                let (c, r) = (i / f.tiles, i % f.tiles);
+                let at = r * f.blocks + c;
+                let from = f.mantissas[at * TILE_BLOCK..].as_chunks().0.first_chunk();
+                if let Some(from) = from {
+                    transpose_tile(cpu.path, from, to);
+                }
+                f.exponents[at]
+            })
+        })
+    }
+}
+
+impl Packed {
+    /// Packs tiles on all threads: `pack` writes tile `i` and returns its exponent as kernels store
+    /// it.
+    fn fill(
+        cpu: &Cpu,
+        tiles: usize,
+        blocks: usize,
+        pack: impl Fn(usize, &mut TilePairs) -> i32 + Sync,
+    ) -> Self {
+        let mut out = Self {
             tiles,
             blocks,
             mantissas: cpu.pool.take(tiles * blocks * TILE_BLOCK),
             exponents: cpu.pool.take(tiles * blocks),
         };
-        let (mut forward, mut backward) =
-            (packed(row_tiles, col_tiles), packed(col_tiles, row_tiles));
-        let (f, fe) = (Shared::new(&mut forward.mantissas), Shared::new(&mut forward.exponents));
-        let (b, be) = (Shared::new(&mut backward.mantissas), Shared::new(&mut backward.exponents));
-        let stride = padded(t.cols);
-        let tiles = row_tiles * col_tiles;
-        cpu.workers.ranges(tiles, 1, tiles * BLOCK * BLOCK / 2, |range| {
+        let (m, e) = (Shared::new(&mut out.mantissas), Shared::new(&mut out.exponents));
+        cpu.workers.ranges(tiles * blocks, 1, tiles * blocks * TILE_BLOCK / 2, |range| {
             for i in range {
-                let (r, c) = (i / col_tiles, i % col_tiles);
-                let (at, back_at) = (i, c * row_tiles + r);
                 // SAFETY: each tile is visited once.
-                let (to, e, back, back_e) = unsafe {
-                    (
-                        f.part(at * TILE_BLOCK, TILE_BLOCK),
-                        fe.part(at, 1),
-                        b.part(back_at * TILE_BLOCK, TILE_BLOCK),
-                        be.part(back_at, 1),
-                    )
-                };
-                let from = &t.mantissas[r * BLOCK * stride + c * BLOCK..];
-                let is_zero = pack_tile(cpu.path, from, stride, to, back);
-                let exponent = i32::from(t.exponents[i]) << EXPONENT_SHIFT;
-                e[0] = if is_zero { ZERO_EXPONENT } else { exponent };
-                back_e[0] = e[0];
+                let (to, e) = unsafe { (m.part(i * TILE_BLOCK, TILE_BLOCK), e.part(i, 1)) };
+                if let Some(to) = to.as_chunks_mut().0.first_chunk_mut() {
+                    e[0] = pack(i, to);
+                }
             }
         });
-        Self { rows: t.rows, cols: t.cols, forward, backward }
+        out
     }
 }
 
 simd! {
-    /// Packs a tile, whose rows are `stride` apart, for both directions; whether it is zero.
-    fn pack_tile(from: &[i16], stride: usize, forward: &mut [i16], backward: &mut [i16]) -> bool {
-        let (forward, backward) = (forward.as_chunks_mut::<2>().0, backward.as_chunks_mut::<2>().0);
+    /// Packs a tile, whose rows are `stride` apart, along its columns; whether it is zero.
+    fn pack_tile(from: &[i16], stride: usize, to: &mut TilePairs) -> bool {
         let mut any = 0;
-        for (p, back) in backward.chunks_exact_mut(TILE).enumerate() {
-            let [low, high] = [2 * p, 2 * p + 1].map(|i| &from[i * stride..][..BLOCK]);
-            for j in 0..BLOCK {
-                back[j] = [low[j], high[j]];
-                any |= low[j] | high[j];
-            }
-        }
         for (i, row) in from.chunks(stride).take(BLOCK).enumerate() {
             for (j, pair) in row[..BLOCK].as_chunks::<2>().0.iter().enumerate() {
-                forward[j * TILE + i] = *pair;
+                to[j * TILE + i] = *pair;
+                any |= pair[0] | pair[1];
             }
         }
         any == 0
+    }
+}
+
+simd! {
+    /// A packed tile, packed along its rows instead.
+    fn transpose_tile(from: &TilePairs, to: &mut TilePairs) {
+        for p in 0..BLOCK / 2 {
+            for j in 0..BLOCK {
+                let pair = &from[j / 2 * TILE + 2 * p..][..2];
+                to[p * TILE + j] = [pair[0][j % 2], pair[1][j % 2]];
+            }
+        }
     }
 }

@@ -6,7 +6,7 @@
 #![expect(unsafe_code, reason = "threads write disjoint parts of one slice")]
 
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use manyhands_shaders::twin::{SITE_COUNT, Saturations, Site};
 
@@ -132,18 +132,26 @@ impl<T> Shared<'_, T> {
 
 /// Saturation counts that threads add to.
 #[derive(Default)]
-pub(crate) struct Tally([AtomicU64; SITE_COUNT]);
+pub(crate) struct Tally {
+    counts: [AtomicU64; SITE_COUNT],
+    paused: AtomicBool,
+}
 
 impl Tally {
     /// Adds `count` events.
     pub(crate) fn add(&self, site: Site, count: u64) {
-        if count != 0 {
-            self.0[site as usize].fetch_add(count, Ordering::Relaxed);
+        if count != 0 && !self.paused.load(Ordering::Relaxed) {
+            self.counts[site as usize].fetch_add(count, Ordering::Relaxed);
         }
+    }
+
+    /// Whether events are counted from now on.
+    pub(crate) fn count(&self, on: bool) {
+        self.paused.store(!on, Ordering::Relaxed);
     }
 
     /// The counts so far; starts again at zero.
     pub(crate) fn take(&self) -> Saturations {
-        Saturations(std::array::from_fn(|i| self.0[i].swap(0, Ordering::Relaxed)))
+        Saturations(std::array::from_fn(|i| self.counts[i].swap(0, Ordering::Relaxed)))
     }
 }

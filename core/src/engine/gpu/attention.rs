@@ -56,6 +56,20 @@ impl Gpu {
         Cache { capacity, keys, key_exponents, values, value_exponents }
     }
 
+    /// Slot `from` also becomes slot `to`.
+    pub(super) fn copy_cache_slot(&self, cache: &Cache, from: usize, to: usize) {
+        let c = &self.constants.attention;
+        let vectors = cache.capacity * c.kv_heads;
+        for (buf, words) in [
+            (&cache.keys, vectors * head_words(c)),
+            (&cache.values, vectors * head_words(c)),
+            (&cache.key_exponents, vectors),
+            (&cache.value_exponents, vectors),
+        ] {
+            self.recorder.copy_part(buf, words, from, to);
+        }
+    }
+
     /// Rotates and quantises the heads of `x` into `words` and `exponents`.
     fn head_vectors(
         &self,

@@ -1,8 +1,9 @@
 //! The trait's operations as dispatches.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
-use manyhands_shaders::bfp::{BLOCK, padded};
+use manyhands_shaders::bfp::BLOCK;
 use manyhands_shaders::twin::{ACTIVATION_FRACTION, rmsnorm::NormConstants};
 use manyhands_shaders::twin::{GRADIENT_FRACTION, SITE_COUNT};
 use manyhands_shaders::wgsl::{GAIN_ROWS, Id, STATS_WORDS};
@@ -10,7 +11,9 @@ use manyhands_shaders::wgsl::{GAIN_ROWS, Id, STATS_WORDS};
 use super::memory::Buf;
 use super::recorder::Recorder;
 use super::{Blocks, Cache, Gain, Gpu, Gradient, Norm, Queries, Tensor, Weight};
-use crate::engine::{Batch, Constants, Engine, EngineError, RowStats, Saturations, SeedRow, Tiles};
+use crate::engine::{
+    Back, Batch, Constants, Engine, EngineError, RowStats, Saturations, SeedRow, Tiles,
+};
 
 /// What `logits.stats` is asked for at a row: (mode, token, draw low, draw high).
 type Request = [u32; 4];
@@ -27,6 +30,11 @@ fn pairs(mantissas: impl IntoIterator<Item = i16>) -> Vec<u32> {
         out.push(even | (mantissas.next().unwrap_or(0) << 16));
     }
     out
+}
+
+/// Of the kernels at the logits, for a range of rows.
+fn logits_uniform(rows: &Range<usize>, cols: usize, scale: i32) -> [u32; 4] {
+    [rows.end as u32, cols as u32, scale.cast_unsigned(), rows.start as u32]
 }
 
 fn join(low: u32, high: u32) -> u64 {
@@ -52,13 +60,17 @@ impl Gpu {
     fn row_stats(&self, logits: &Tensor, requests: &[Request], scale: i32) -> Buf {
         assert_eq!(logits.rows, requests.len(), "one request a row");
         let out = self.recorder.alloc(logits.rows * STATS_WORDS);
-        self.recorder.run(
-            Id::LogitsStats,
-            &[logits.rows as u32, logits.cols as u32, scale.cast_unsigned()],
-            &[&logits.data, &self.recorder.upload(requests), &out],
-            Recorder::grid(logits.rows),
-            logits.rows * logits.cols * 32,
-        );
+        let requests = self.recorder.upload(requests);
+        let row_work = logits.cols * 32;
+        for rows in self.recorder.row_chunks(Id::LogitsStats, logits.rows, row_work) {
+            self.recorder.run(
+                Id::LogitsStats,
+                &logits_uniform(&rows, logits.cols, scale),
+                &[&logits.data, &requests, &out],
+                Recorder::grid(rows.len()),
+                rows.len() * row_work,
+            );
+        }
         out
     }
 
@@ -93,10 +105,7 @@ impl Engine for Gpu {
     }
 
     fn weight(&self, tiles: &Tiles) -> Weight {
-        let (rows, cols) = (padded(tiles.rows), padded(tiles.cols));
-        let transposed =
-            (0..cols).flat_map(|c| (0..rows).map(move |r| tiles.mantissas[r * cols + c]));
-        let (tile_rows, tile_cols) = (rows / BLOCK, cols / BLOCK);
+        let (tile_rows, tile_cols) = (tiles.rows.div_ceil(BLOCK), tiles.cols.div_ceil(BLOCK));
         let exponents: Vec<i32> = tiles.exponents.iter().map(|&e| i32::from(e)).collect();
         let transposed_exponents: Vec<i32> = (0..tile_cols)
             .flat_map(|c| (0..tile_rows).map(move |r| (r, c)))
@@ -107,7 +116,6 @@ impl Engine for Gpu {
             cols: tiles.cols,
             forward: self.recorder.upload(&pairs(tiles.mantissas.iter().copied())),
             forward_exponents: self.recorder.upload(&exponents),
-            backward: self.recorder.upload(&pairs(transposed)),
             backward_exponents: self.recorder.upload(&transposed_exponents),
         }
     }
@@ -127,6 +135,10 @@ impl Engine for Gpu {
     fn gradient(&self, rows: usize, cols: usize) -> Gradient {
         let [low, high] = std::array::from_fn(|_| self.recorder.zeros(rows * cols));
         Gradient { rows, cols, low, high }
+    }
+
+    fn blocks(&self, x: &Tensor) -> Blocks {
+        self.activation_blocks(x)
     }
 
     fn embed(&self, embedding: &Weight, batch: &Batch) -> Tensor {
@@ -173,6 +185,10 @@ impl Engine for Gpu {
         self.quantize_heads(qkv, batch, cache)
     }
 
+    fn copy_slot(&self, cache: &mut Cache, from: usize, to: usize) {
+        self.copy_cache_slot(cache, from, to);
+    }
+
     fn attention(&self, q: &Queries, cache: &Cache, batch: &Batch) -> Blocks {
         self.activation_blocks(&self.attention_rows(q, cache, batch))
     }
@@ -201,6 +217,17 @@ impl Engine for Gpu {
         out
     }
 
+    fn concat(&self, parts: &[&Tensor]) -> Tensor {
+        let out = self.empty(parts.iter().map(|p| p.rows).sum(), parts[0].cols);
+        let mut at = 0;
+        for part in parts {
+            let words = part.rows * part.cols;
+            self.recorder.copy(&part.data, &out.data, at, words);
+            at += words;
+        }
+        out
+    }
+
     fn seed(&self, logits: &Tensor, rows: &[SeedRow], scale: i32) -> Tensor {
         let stats = self.row_stats(logits, &vec![[GIVEN, 0, 0, 0]; rows.len()], scale);
         let seeds: Vec<[i32; 4]> = rows
@@ -208,30 +235,30 @@ impl Engine for Gpu {
             .map(|r| [r.target.cast_signed(), r.weight, r.entropy_weight, r.entropy_center])
             .collect();
         let out = self.empty(logits.rows, logits.cols);
-        self.recorder.run(
-            Id::LogitsSeed,
-            &[out.rows as u32, out.cols as u32, scale.cast_unsigned()],
-            &[&logits.data, &self.recorder.upload(&seeds), &stats, &out.data],
-            self.recorder.lanes_grid(out.rows * out.cols),
-            out.rows * out.cols * 32,
-        );
+        let seeds = self.recorder.upload(&seeds);
+        let row_work = out.cols * 32;
+        for rows in self.recorder.row_chunks(Id::LogitsSeed, out.rows, row_work) {
+            self.recorder.run(
+                Id::LogitsSeed,
+                &logits_uniform(&rows, out.cols, scale),
+                &[&logits.data, &seeds, &stats, &out.data],
+                self.recorder.lanes_grid(rows.len() * out.cols),
+                rows.len() * row_work,
+            );
+        }
         out
     }
 
-    fn linear_backward<const K: usize>(
-        &self,
-        dy: [&Tensor; K],
-        x: &Blocks,
-        w: [&Weight; K],
-        batch: &Batch,
-        grads: [&mut Gradient; K],
-    ) -> Tensor {
+    fn linear_backward(&self, x: &Blocks, batch: &Batch, products: Vec<Back<'_, Self>>) -> Tensor {
         let tables = self.batch_tables(batch);
         let dx = self.empty(x.rows, x.cols);
-        for (k, ((dy, w), grad)) in dy.into_iter().zip(w).zip(grads).enumerate() {
-            self.weight_gradient(dy, x, &tables, grad);
+        for (k, Back { dy, w, grad }) in products.into_iter().enumerate() {
+            if let Some(grad) = grad {
+                self.weight_gradient(dy, x, &tables, grad);
+            }
             let rows = self.gradient_blocks(&dy.data, [dy.rows, dy.cols]);
-            self.product(&rows, &w.backward(), GRADIENT_FRACTION, &dx, k > 0);
+            let transposed = self.transpose(w);
+            self.product(&rows, &w.backward(&transposed), GRADIENT_FRACTION, &dx, k > 0);
         }
         dx
     }
@@ -241,7 +268,7 @@ impl Engine for Gpu {
         dn: &Tensor,
         norm: &Norm,
         gain: &Gain,
-        grad: &mut Gradient,
+        grad: Option<&mut Gradient>,
         dh: Option<Tensor>,
     ) -> Tensor {
         let uniform = self.norm_uniform(dn.rows, dh.is_some());
@@ -253,6 +280,7 @@ impl Engine for Gpu {
             Recorder::grid(dn.rows),
             dn.rows * dn.cols * 24,
         );
+        let Some(grad) = grad else { return dh };
         let chunks = dn.rows.div_ceil(GAIN_ROWS as usize);
         let groups = dn.cols.div_ceil(self.recorder.lanes as usize);
         self.recorder.run(
@@ -333,6 +361,10 @@ impl Engine for Gpu {
         let low = self.recorder.read_words(&grad.low, count).await?;
         let high = self.recorder.read_words(&grad.high, count).await?;
         Ok(low.into_iter().zip(high).map(|(l, h)| join(l, h).cast_signed()).collect())
+    }
+
+    fn count_saturations(&self, on: bool) {
+        self.recorder.count(on);
     }
 
     async fn take_saturations(&self) -> Result<Saturations, EngineError> {

@@ -5,36 +5,84 @@
 //! not true of uploads, which run before all recorded commands; they take fresh buffers.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Idle bytes that the pool keeps.
 const POOL_BYTES_MAX: u64 = 512 << 20;
+/// Idle bytes that are kept even when there is none of the size that is asked for.
+const POOL_BYTES_KEPT: u64 = 64 << 20;
 
-/// Idle buffers by size.
+/// Idle buffers by size, and a count of all.
 #[derive(Default)]
-pub(super) struct Pool(Mutex<Idle>);
+pub(super) struct Pool(Mutex<Buffers>);
 
 #[derive(Default)]
-struct Idle {
-    buffers: BTreeMap<u64, Vec<wgpu::Buffer>>,
-    bytes: u64,
+struct Buffers {
+    idle: BTreeMap<u64, Vec<wgpu::Buffer>>,
+    idle_bytes: u64,
+    held: u64,
+    memory: Memory,
+}
+
+/// What the buffers of a device take: weights, tensors, and what is kept for reuse.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Most bytes of all buffers together so far.
+    pub peak: u64,
+    /// Bytes of the largest one so far.
+    pub largest: u64,
+}
+
+impl Buffers {
+    fn take(&mut self, size: u64) -> Option<wgpu::Buffer> {
+        let buffers = self.idle.get_mut(&size)?;
+        let buffer = buffers.pop();
+        if buffers.is_empty() {
+            self.idle.remove(&size);
+        }
+        self.idle_bytes -= size;
+        buffer
+    }
 }
 
 impl Pool {
+    fn lock(&self) -> MutexGuard<'_, Buffers> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// An idle buffer of exactly `size` bytes (a size of [`size_class`]).
     pub(super) fn take(&self, size: u64) -> Option<wgpu::Buffer> {
-        let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let buffer = idle.buffers.get_mut(&size)?.pop()?;
-        idle.bytes -= size;
-        Some(buffer)
+        self.lock().take(size)
+    }
+
+    /// Counts a new buffer of `size` bytes. Idle ones of other sizes make room for it, so that
+    /// shapes that change do not add up.
+    pub(super) fn grow(&self, size: u64) {
+        let mut buffers = self.lock();
+        let enough = buffers.held.saturating_sub(size);
+        while buffers.held > enough && buffers.idle_bytes > POOL_BYTES_KEPT {
+            let Some((&largest, _)) = buffers.idle.last_key_value() else { break };
+            buffers.take(largest);
+            buffers.held -= largest;
+        }
+        buffers.held += size;
+        buffers.memory.peak = buffers.memory.peak.max(buffers.held);
+        buffers.memory.largest = buffers.memory.largest.max(size);
     }
 
     fn give(&self, buffer: wgpu::Buffer) {
-        let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if idle.bytes + buffer.size() <= POOL_BYTES_MAX {
-            idle.bytes += buffer.size();
-            idle.buffers.entry(buffer.size()).or_default().push(buffer);
+        let size = buffer.size();
+        let mut buffers = self.lock();
+        if buffers.idle_bytes + size <= POOL_BYTES_MAX {
+            buffers.idle_bytes += size;
+            buffers.idle.entry(size).or_default().push(buffer);
+        } else {
+            buffers.held -= size;
         }
+    }
+
+    pub(super) fn memory(&self) -> Memory {
+        self.lock().memory
     }
 }
 

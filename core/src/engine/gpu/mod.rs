@@ -18,12 +18,13 @@ mod times;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use manyhands_shaders::bfp::{ACTIVATION_BITS, BLOCK, WEIGHT_BITS};
+use manyhands_shaders::bfp::{ACTIVATION_BITS, BLOCK, WEIGHT_BITS, padded};
 use manyhands_shaders::twin::{ACTIVATION_FRACTION, GRADIENT_FRACTION};
 use manyhands_shaders::wgsl::{BLOCKED_COLS, BLOCKED_ROWS, Id};
 
 use self::batch::BatchTables;
 use self::memory::Buf;
+pub use self::memory::Memory;
 pub use self::pace::Clock;
 pub use self::product::MatmulVariant;
 use self::product::Right;
@@ -86,13 +87,12 @@ pub struct Norm {
     scales: Buf,
 }
 
-/// A weight matrix (O, C) in both orientations.
+/// A weight matrix (O, C): mantissa pairs along C, and exponents of tiles in both orientations.
 pub struct Weight {
     rows: usize,
     cols: usize,
     forward: Buf,
     forward_exponents: Buf,
-    backward: Buf,
     backward_exponents: Buf,
 }
 
@@ -102,8 +102,9 @@ impl Weight {
         Right { words, exponents, cols: self.rows, tile: BLOCK.ilog2() }
     }
 
-    fn backward(&self) -> Right<'_> {
-        let (words, exponents) = (&self.backward, &self.backward_exponents);
+    /// The transpose, whose mantissas are `words`.
+    fn backward<'a>(&'a self, words: &'a Buf) -> Right<'a> {
+        let exponents = &self.backward_exponents;
         Right { words, exponents, cols: self.cols, tile: BLOCK.ilog2() }
     }
 }
@@ -225,6 +226,11 @@ impl Gpu {
         self.recorder.times()
     }
 
+    /// What the buffers of the device take.
+    pub fn memory(&self) -> Memory {
+        self.recorder.memory()
+    }
+
     /// Dispatches recorded so far.
     pub fn dispatch_count(&self) -> u64 {
         self.recorder.dispatches()
@@ -315,6 +321,23 @@ impl Gpu {
             self.recorder.lanes_grid(rows * col_blocks),
             rows * cols * 4,
         );
+        out
+    }
+
+    /// Mantissa pairs of a matrix along its rows: little work beside a product with it, and half
+    /// of the memory that both orientations would take.
+    fn transpose(&self, w: &Weight) -> Buf {
+        let (rows, cols) = (padded(w.rows), padded(w.cols));
+        let out = self.recorder.alloc(rows * cols / 2);
+        for squares in self.recorder.row_chunks(Id::QuantizeTranspose, rows / 2, 2 * cols) {
+            self.recorder.run(
+                Id::QuantizeTranspose,
+                &[rows as u32, cols as u32, 0, 0, 0, 0, squares.start as u32],
+                &[&w.forward, &out],
+                self.recorder.lanes_grid(squares.len() * cols / 2),
+                squares.len() * 2 * cols,
+            );
+        }
         out
     }
 

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use manyhands_shaders::wgsl::{self, FAMILIES, Id, UNIFORM_BYTES, Workgroup};
 
 use super::mapped::Mapped;
-use super::memory::{Buf, Pool, size_class};
+use super::memory::{Buf, Memory, Pool, size_class};
 use super::pace::{Clock, Load, Pace};
 use super::times::SubmissionTimes;
 use crate::engine::EngineError;
@@ -36,6 +36,7 @@ struct State {
     uniforms: Vec<u8>,
     load: Load,
     dispatches: u64,
+    uncounted: bool,
     in_flight: VecDeque<wgpu::SubmissionIndex>,
     modules: BTreeMap<usize, wgpu::ShaderModule>,
     pipelines: BTreeMap<(Id, bool), Pipeline>,
@@ -54,6 +55,8 @@ pub(super) struct Recorder {
     state: Mutex<State>,
     arena: wgpu::Buffer,
     counters: wgpu::Buffer,
+    /// Takes the place of `counters` where nothing is to be counted.
+    unread: wgpu::Buffer,
     tables: wgpu::Buffer,
     /// Largest storage buffer in bytes.
     pub(super) bytes_max: u64,
@@ -99,6 +102,7 @@ impl Recorder {
             state: Mutex::default(),
             arena: buffer("uniforms", UNIFORM_STRIDE * DISPATCHES_MAX, wgpu::BufferUsages::UNIFORM),
             counters: buffer("saturations", 64, wgpu::BufferUsages::STORAGE),
+            unread: buffer("uncounted", 64, wgpu::BufferUsages::STORAGE),
             tables: buffer("tables", 4 * tables.len() as u64, wgpu::BufferUsages::STORAGE),
             bytes_max: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size),
             lanes,
@@ -146,7 +150,13 @@ impl Recorder {
         lock(&self.state).dispatches
     }
 
+    /// What buffers take.
+    pub(super) fn memory(&self) -> Memory {
+        self.pool.memory()
+    }
+
     fn create(&self, bytes: u64) -> wgpu::Buffer {
+        self.pool.grow(bytes);
         self.device.create_buffer(&wgpu::BufferDescriptor {
             label: None,
             size: bytes,
@@ -173,6 +183,35 @@ impl Recorder {
     pub(super) fn alloc(&self, words: usize) -> Buf {
         let size = self.allocation(words);
         Buf::new(self.pool.take(size).unwrap_or_else(|| self.create(size)), &self.pool)
+    }
+
+    /// Copies part `from` of parts of `words` u32 over part `to`. WebGPU copies between different
+    /// buffers only.
+    pub(super) fn copy_part(&self, buf: &Buf, words: usize, from: usize, to: usize) {
+        let between = self.alloc(words);
+        let at = |part: usize| (part * words * 4) as u64;
+        let bytes = at(1);
+        let mut state = lock(&self.state);
+        state.pass = None;
+        let encoder = self.encoder(&mut state);
+        encoder.copy_buffer_to_buffer(&buf.buffer, at(from), &between.buffer, 0, bytes);
+        encoder.copy_buffer_to_buffer(&between.buffer, 0, &buf.buffer, at(to), bytes);
+    }
+
+    /// Copies the first `words` u32 of a buffer into another one, from word `at` on.
+    pub(super) fn copy(&self, from: &Buf, to: &Buf, at: usize, words: usize) {
+        let [at, bytes] = [at, words].map(|words| words as u64 * 4);
+        if self.check().is_err() {
+            return;
+        }
+        let mut state = lock(&self.state);
+        state.pass = None;
+        self.encoder(&mut state).copy_buffer_to_buffer(&from.buffer, 0, &to.buffer, at, bytes);
+    }
+
+    /// Whether kernels recorded from now on count saturations.
+    pub(super) fn count(&self, on: bool) {
+        lock(&self.state).uncounted = !on;
     }
 
     /// A buffer of `words` zeros.
@@ -211,6 +250,17 @@ impl Recorder {
     /// Workgroups for one invocation each of `count` items.
     pub(super) fn lanes_grid(&self, count: usize) -> [u32; 3] {
         Self::grid(count.div_ceil(self.lanes as usize))
+    }
+
+    /// Ranges of `rows` whose work, `row_work` each, fits a submission.
+    pub(super) fn row_chunks(
+        &self,
+        id: Id,
+        rows: usize,
+        row_work: usize,
+    ) -> impl Iterator<Item = std::ops::Range<usize>> {
+        let chunk = (self.budget(id) / row_work.max(1)).max(1);
+        (0..rows).step_by(chunk).map(move |first| first..rows.min(first + chunk))
     }
 
     /// Records a dispatch: `uniform` words, storage `buffers` in the order of the kernel table,
@@ -259,8 +309,9 @@ impl Recorder {
             binding: 0,
             resource: wgpu::BindingResource::Buffer(uniforms),
         }];
+        let counters = if state.uncounted { &self.unread } else { &self.counters };
         let shared = [
-            kernel.counts.then_some((wgsl::COUNTERS, &self.counters)),
+            kernel.counts.then_some((wgsl::COUNTERS, counters)),
             kernel.looks_up.then_some((wgsl::TABLES, &self.tables)),
         ];
         let own = kernel.bindings.iter().copied().zip(buffers.iter().map(|b| &b.buffer));

@@ -316,7 +316,8 @@ impl Pipeline {
             let at = learning.kept.iter().position(|&kept| kept == (group, rollout))?;
             Some(learning.advantages[at])
         };
-        samples::add(&mut self.samples, self.state.ordinal(&self.config) + 1, sampled, advantage);
+        let (ordinal, language) = (self.state.ordinal(&self.config), self.problems.language());
+        samples::add(&mut self.samples, ordinal + 1, sampled, language, advantage);
         let all = || sampled.groups.iter().flatten();
         let count = all().count() as f64;
         let entropies: Vec<f64> = all().flat_map(|r| r.entropies.iter().copied()).collect();

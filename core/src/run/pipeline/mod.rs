@@ -27,7 +27,7 @@ use crate::engine::EngineError;
 use crate::learn::optimizer::{AdamWConfig, OptimizerError, UpdatePlan};
 use crate::learn::weights::{GradientScale, WeightsError};
 use crate::model::config::ModelConfig;
-use crate::model::tokenizer::{Bytes, EncodeError};
+use crate::model::tokenizer::EncodeError;
 use crate::model::weights::{Gradients, Weights};
 use learning::Learning;
 use sampling::Sampling;
@@ -74,8 +74,13 @@ pub enum TrainError {
     },
 }
 
-/// Clamped values a step may have. Beyond this the numbers mean nothing.
+/// Clamped values that any step may have; a large one may have one a token, because the first token
+/// of a sequence has some large terms in every layer of many models. Beyond this the numbers mean
+/// nothing.
 pub const SATURATIONS_MAX: u64 = 10_000;
+
+/// Longest completion when evaluating a run that says nothing of it.
+pub const EVALUATED_TOKENS_MAX: usize = 256;
 
 /// Something that a run got done.
 #[derive(Clone, Debug, PartialEq)]
@@ -197,12 +202,13 @@ impl Pipeline {
 
     /// Longest completion when evaluating.
     pub fn max_new_tokens(&self) -> usize {
-        self.config.rl.as_ref().map_or(self.model.context / 2, |rl| rl.max_new_tokens)
+        let untrained = (self.model.context / 2).min(EVALUATED_TOKENS_MAX);
+        self.config.rl.as_ref().map_or(untrained, |rl| rl.max_new_tokens)
     }
 
-    /// What reads and writes the model's text.
-    fn tokenizer(&self) -> Bytes {
-        Bytes { vocabulary: self.model.vocabulary }
+    /// The problems, and the imported model.
+    pub fn problems(&self) -> &Problems {
+        &self.problems
     }
 
     /// Whether nothing is under way that a checkpoint of [`Self::state`] would lose.
@@ -344,9 +350,9 @@ impl Pipeline {
     /// The step becomes part of the state.
     fn commit(&mut self, report: Box<StepReport>) -> Result<Advanced, TrainError> {
         let count = report.saturations.values().sum();
-        if count > SATURATIONS_MAX {
+        let limit = SATURATIONS_MAX.max(report.trained_tokens + report.sampled_tokens);
+        if count > limit {
             let sites = format!("{:?}", report.saturations);
-            let limit = SATURATIONS_MAX;
             return Err(TrainError::Saturated { step: report.step, count, sites, limit });
         }
         self.state.step += 1;
@@ -371,7 +377,7 @@ impl Pipeline {
         let (examination, [sampled, greedy]) = Examination::new(
             &self.problems,
             &self.model,
-            &self.tokenizer(),
+            self.problems.language(),
             &self.config.eval,
             self.max_new_tokens(),
             self.config.seed,
@@ -392,8 +398,12 @@ impl Pipeline {
         }
         let examination = self.examination.take()?;
         let [sampled, greedy] = paths.map(|p| self.take_output(p));
-        let report =
-            examination.report(&self.problems, &self.tokenizer(), weights, [sampled?, greedy?]);
+        let report = examination.report(
+            &self.problems,
+            self.problems.language(),
+            weights,
+            [sampled?, greedy?],
+        );
         let (phase, step) = (self.state.phase, self.state.step);
         let evaluation = Evaluation { phase, step, report };
         self.state.evaluations.push(evaluation.clone());

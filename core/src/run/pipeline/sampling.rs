@@ -9,7 +9,6 @@ use super::{Pipeline, TrainError};
 use crate::engine::Saturations;
 use crate::learn::dynamic_sampling::Next;
 use crate::model::generate::Request;
-use crate::model::tokenizer::END;
 use crate::run::job::{JobPath, Stage, Version};
 use crate::run::problems::Drawn;
 use crate::run::rollout::{Rollout, Sampled, prompt_tokens};
@@ -80,8 +79,12 @@ impl Pipeline {
         sampling.prompts.clear();
         for index in indices {
             let drawn = self.problems.draw(index, Split::Train);
-            let prompt =
-                prompt_tokens(&drawn.problem, &self.model, &self.tokenizer(), rl.max_new_tokens)?;
+            let prompt = prompt_tokens(
+                &drawn.problem,
+                &self.model,
+                self.problems.language(),
+                rl.max_new_tokens,
+            )?;
             for sample in 0..rl.group_size {
                 let stream = [index as u32, (index >> 32) as u32, sample as u32];
                 requests.push(Request { prompt: prompt.clone(), stream });
@@ -93,7 +96,7 @@ impl Pipeline {
             seed: self.config.seed,
             temperature_scale: Some(temperature_scale(rl.temperature)),
             max_new_tokens: rl.max_new_tokens as u32,
-            end: END,
+            end: self.problems.language().end(),
             requests,
         };
         self.open(self.rollout_path(step, sampling.draws), &sampling.version, work);
@@ -113,12 +116,12 @@ impl Pipeline {
                 };
                 sampling.saturations.merge(&output.saturations);
                 let mut completions = completions.into_iter();
-                let tokenizer = self.tokenizer();
+                let tokenizer = self.problems.language();
                 let group_size = self.config.rl.as_ref().map_or(1, |rl| rl.group_size);
                 for (drawn, prompt) in sampling.drawn.iter().zip(&sampling.prompts) {
                     let group = completions.by_ref().take(group_size);
                     let rollout =
-                        |c| Rollout::new(prompt.clone(), c, &self.problems, drawn, &tokenizer);
+                        |c| Rollout::new(prompt.clone(), c, &self.problems, drawn, tokenizer);
                     sampling.sampled.groups.push(group.map(rollout).collect());
                 }
                 self.select(sampling)?;

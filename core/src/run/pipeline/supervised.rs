@@ -4,7 +4,6 @@ use manyhands_shaders::twin::logits::temperature_scale;
 
 use super::{GRADIENT, Now, Pipeline, TrainError};
 use crate::learn::weights::GradientScale;
-use crate::model::tokenizer::{END, encode, encode_prompt};
 use crate::run::report::{Phase, StepReport, saturation_map};
 use crate::run::rollout::logprob;
 use crate::run::work::{Output, Seed, Seeded, Values, Work};
@@ -23,15 +22,15 @@ impl Pipeline {
     /// Opens the gradient of mean cross-entropy over the tokens of `batch` traces and their ends.
     pub(super) fn begin_traces(&mut self) -> Result<(), TrainError> {
         let Some(sft) = &self.config.sft else { return Ok(()) };
-        let (vocabulary, context) = (self.model.vocabulary, self.model.context);
+        let (language, context) = (self.problems.language(), self.model.context);
         let mut sequences = Vec::with_capacity(sft.batch);
         for i in 0..sft.batch {
             let index = self.state.step * sft.batch as u64 + i as u64;
             let drawn = self.problems.draw(index, Split::Train);
-            let mut tokens = encode_prompt(&drawn.problem.prompt, vocabulary)?;
+            let mut tokens = language.encode_prompt(&drawn.problem.prompt)?;
             let first = tokens.len();
-            tokens.extend(encode(&drawn.problem.trace, vocabulary)?);
-            tokens.push(END);
+            tokens.extend(language.encode_answer(&drawn.problem.trace)?);
+            tokens.push(language.end());
             if tokens.len() > context {
                 let needed = tokens.len();
                 return Err(TrainError::TraceTooLong { needed, context });

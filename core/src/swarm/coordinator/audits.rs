@@ -1,5 +1,8 @@
 //! Audits: what is asked, of whom, and what follows from the answer.
 
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+
 use super::{Accepted, Audit, Blobs, Coordinator, Held, InFlight};
 use crate::run::job::Stage;
 use crate::swarm::ids::{Hash, PeerKey};
@@ -120,6 +123,30 @@ impl Coordinator {
         {
             self.ask_myself(Audit::again(of, accepted, Urgency::Spot));
         }
+    }
+
+    /// Before the run ends, the own engine redoes a unit of each kind of each volunteer that others
+    /// alone have vouched for, so that liars in league are found however many they are; beyond
+    /// [`OWN_CHECKS_MAX`] volunteers of those with the most such units. Returns whether there is one.
+    pub(super) fn check_everybody(&mut self) -> bool {
+        let unseen = self.records.iter().filter(|(_, r)| !r.unproven.is_empty());
+        let mut unseen: Vec<(Reverse<usize>, PeerKey)> =
+            unseen.map(|(peer, r)| (Reverse(r.unproven.len()), *peer)).collect();
+        unseen.sort_unstable();
+        unseen.truncate(OWN_CHECKS_MAX);
+        for (_, peer) in &unseen {
+            // Nobody foresees which.
+            let mut drawn = BTreeMap::new();
+            for a in self.records.get(peer).into_iter().flat_map(|r| r.unproven.values()) {
+                let draw = (self.draw(b"last", &a.unit, &a.receipt) * 1e15) as u64;
+                let best = drawn.entry(a.kind).or_insert((draw, *a));
+                *best = (*best).min((draw, *a));
+            }
+            for (_, a) in drawn.into_values() {
+                self.ask_myself(Audit::again(*peer, a, Urgency::Spot));
+            }
+        }
+        !unseen.is_empty()
     }
 
     /// Nobody waits for the judgement but the accused: its unit goes to others, and it gets no more

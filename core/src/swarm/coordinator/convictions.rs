@@ -28,6 +28,7 @@ impl Coordinator {
     /// The part of a conviction that is repeated when the ledger is read again.
     pub(super) fn expel(&mut self, peer: PeerKey, offence: Offence) {
         self.sessions.remove(&peer);
+        self.stop_waiting(&peer);
         self.scheduler.expel(peer, offence);
         for in_flight in self.units.values_mut() {
             in_flight.offers.remove(&peer);

@@ -15,8 +15,9 @@ mod recover;
 mod requests;
 mod results;
 mod show;
+mod takes;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -26,7 +27,7 @@ use super::ids::{Hash, PeerKey, Signature};
 use super::ledger::{Entry, Offence};
 use super::past::ByPath;
 use super::protocol::{PeerAddress, Refusal, Response};
-use super::scheduler::{Kind, Scheduler, TaskId, Urgency};
+use super::scheduler::{Kind, Scheduler, TaskId, Urgency, Waiting};
 use super::status::StatusEvent;
 use super::unit::Unit;
 use super::versions::Versions;
@@ -65,8 +66,6 @@ struct Session {
     joined_ms: u64,
     /// Accepted since it was last told.
     news: Vec<(Hash, u64)>,
-    /// The question for work that has no answer yet.
-    waiting: Option<u64>,
 }
 
 /// A result that was announced.
@@ -152,8 +151,8 @@ pub struct Coordinator {
     token: String,
     scheduler: Scheduler,
     sessions: BTreeMap<PeerKey, Session>,
-    /// Who waits for work, and until when: those who may not audit, and those who may.
-    waiting: [VecDeque<(u64, PeerKey)>; 2],
+    /// Who waits for work: those who may not audit, and those who may.
+    waiting: [Waiting<u64>; 2],
     /// By hash of the bytes, and task: items that are alike make units that are.
     units: BTreeMap<(Hash, TaskId), InFlight>,
     audits: BTreeMap<TaskId, Audit>,
@@ -176,6 +175,8 @@ pub struct Coordinator {
     snapshot_ordinal: u64,
     mean_length: f64,
     paused: bool,
+    /// The own engine has been asked for units of everybody.
+    checked_all: bool,
     closed: bool,
     /// Rolled back or failed: only a restart helps.
     halted: bool,
@@ -273,7 +274,7 @@ impl Coordinator {
         self.flush();
         if std::mem::take(&mut self.restarts) {
             // Sessions end with this coordinator: who waits says hello to the next one.
-            let waiting: Vec<u64> = self.sessions.values().filter_map(|s| s.waiting).collect();
+            let waiting: Vec<u64> = self.waiting.iter_mut().flat_map(Waiting::drain).collect();
             for token in waiting {
                 let response = Response::Refused(Refusal::NoSession);
                 self.effects.push(Effect::Reply { token, response });

@@ -90,9 +90,9 @@ impl Coordinator {
             if !self.scheduler.is_open(path)
                 && let Some(job) = self.pipeline.job(path)
             {
-                let (cost, most) = (self.item_cost(job), items_max(&job.job.work));
-                let missing = missing_ranges(job);
-                self.scheduler.open(path, cost, most, &missing);
+                let items = self.items_min(&job.job.work)..=items_max(&job.job.work);
+                let (cost, missing) = (self.item_cost(job), missing_ranges(job));
+                self.scheduler.open(path, cost, items, &missing);
             }
         }
     }
@@ -208,11 +208,28 @@ impl Coordinator {
             self.audit_accepted(*peer, *newest, Urgency::Spot);
         }
         if waiting.is_empty() && self.redo.is_empty() && self.audits.is_empty() {
+            if !std::mem::replace(&mut self.checked_all, true) && self.check_everybody() {
+                return;
+            }
             let weights: Hash = self.pipeline.version().hash().into();
             self.closed = true;
             self.write(Entry::Closed { weights });
             self.announce(StatusEvent::State { state: RunState::Done });
             self.effect(Effect::Closed(weights));
+        }
+    }
+
+    /// Items that a unit should have. Where the weights are larger than caches, engines read them
+    /// from memory once a batch, and are several times slower an item with a few than with many;
+    /// whole groups share their prompt's pass besides.
+    fn items_min(&self, work: &Work) -> usize {
+        let model = self.pipeline.model();
+        if model.frozen().parameter_count() < LARGE_MODEL {
+            return 1;
+        }
+        match (work, &self.pipeline.config.rl) {
+            (Work::Sample { .. }, Some(rl)) => rl.group_size.min(GROUPED_ITEMS),
+            _ => BATCH_ITEMS,
         }
     }
 
@@ -225,6 +242,13 @@ impl Coordinator {
         })
     }
 }
+
+/// Parameters from which a model does not fit the caches of a processor.
+const LARGE_MODEL: usize = 8 << 20;
+/// Items that a unit of a large model should have.
+const BATCH_ITEMS: usize = 8;
+/// Items to which a group of rollouts, which share the pass of their prompt, is kept together.
+const GROUPED_ITEMS: usize = 16;
 
 /// Items whose unit is sure to fit a message.
 fn items_max(work: &Work) -> usize {

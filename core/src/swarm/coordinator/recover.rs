@@ -96,6 +96,7 @@ impl Coordinator {
             final_ordinal: past.final_ordinal,
             snapshot_ordinal,
             mean_length: max_new_tokens as f64 / 2.0,
+            checked_all: false,
             paused: false,
             closed: past.closed,
             halted: false,
@@ -122,17 +123,17 @@ impl Coordinator {
         let version = self.pipeline.version().clone();
         let weights: Hash = version.hash().into();
         let full = self.keep(delta::encode(None, &version.weights));
-        let zeros = Hash([0; 32]);
-        self.write(Entry::Open {
+        let entry = Entry::Open {
             config: self.config_json.clone(),
             files,
             digest: DIGEST.into(),
             weights,
             full,
             coordinator: self.writer.coordinator(),
-        });
-        self.run = self.writer.run().unwrap_or(zeros);
-        self.versions.insert(Some(0), weights, zeros, full, Some(full));
+        };
+        self.versions.take(&entry);
+        self.write(entry);
+        self.run = self.writer.run().unwrap_or(Hash([0; 32]));
     }
 
     /// Lets everything that stands enter again, in the order of the ledger.

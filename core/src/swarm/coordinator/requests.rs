@@ -1,24 +1,13 @@
 //! Answering volunteers.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-
-use super::{
-    Blobs, Coordinator, Effect, FOLLOWERS_MAX, InFlight, NEWS_MAX, Offer, SESSIONS_MAX, Session,
-};
+use super::{Blobs, Coordinator, Effect, FOLLOWERS_MAX, InFlight, Offer, SESSIONS_MAX, Session};
 use crate::conformance::suite::DIGEST;
 use crate::swarm::ids::{Hash, PeerKey};
 use crate::swarm::ledger::{Entry, Offence, receipt_message};
 use crate::swarm::protocol::{Idle, PROTOCOL, PeerAddress, Refusal, Request, Response, Welcome};
-use crate::swarm::scheduler::{Assignment, SEARCH_MAX, TaskId};
+use crate::swarm::scheduler::TaskId;
 use crate::swarm::status::StatusEvent;
-use crate::swarm::unit::{Unit, decode_output, result_bytes_max};
-
-/// Longest wait for work within one question.
-const HOLD_MS: u64 = 5_000;
-/// Queues of those who wait: who may not audit, and who may.
-const UNTRUSTED: usize = 0;
-const TRUSTED: usize = 1;
+use crate::swarm::unit::result_bytes_max;
 
 impl Coordinator {
     pub(super) fn request(
@@ -48,11 +37,10 @@ impl Coordinator {
             }
             _ if !self.is_here(&peer) => Response::Refused(Refusal::NoSession),
             Request::Take => match self.take(peer, blobs) {
+                Some(response) => response,
                 // Who has nothing else to do waits for the answer instead of asking again.
-                Response::Idle { why: Idle::Waiting, .. } if self.is_free(peer) => {
-                    return self.hold(peer, token);
-                }
-                response => response,
+                None if self.is_free(peer) => return self.hold(peer, token),
+                None => self.idle(peer, Idle::Waiting),
             },
             Request::Beat { units } => {
                 let wanted = |unit: &Hash| self.is_wanted(peer, unit);
@@ -124,6 +112,7 @@ impl Coordinator {
 
     pub(super) fn left(&mut self, peer: PeerKey) {
         if self.sessions.remove(&peer).is_some() {
+            self.stop_waiting(&peer);
             self.scheduler.leave(peer);
             self.announce(StatusEvent::Left { peer: peer.to_string() });
         }
@@ -148,145 +137,6 @@ impl Coordinator {
             }
         }
         Response::Peers(self.peers.clone())
-    }
-
-    fn news(&mut self, peer: PeerKey) -> Vec<(Hash, u64)> {
-        let Some(session) = self.sessions.get_mut(&peer) else { return Vec::new() };
-        let told = session.news.len().min(NEWS_MAX);
-        session.news.drain(..told).collect()
-    }
-
-    fn take(&mut self, peer: PeerKey, blobs: &dyn Blobs) -> Response {
-        let why = match (self.closed, self.paused) {
-            (true, _) => Some(Idle::Done),
-            (_, true) => Some(Idle::Paused),
-            _ => None,
-        };
-        let assignment = if why.is_none() { self.scheduler.take(peer, self.now_ms) } else { None };
-        let unit = match assignment {
-            Some(Assignment::Unit { task, path, first, count }) => {
-                self.issue(task, path, first, count)
-            }
-            Some(Assignment::Audit { audit }) => self.issue_audit(peer, audit, blobs),
-            None => None,
-        };
-        let accepted = self.news(peer);
-        match unit {
-            Some(unit) => {
-                self.figures.lease_bytes += unit.len() as u64;
-                Response::Unit { unit, accepted }
-            }
-            None => {
-                let unit_ms = self.pipeline.config.swarm.unit_seconds * 1e3;
-                let retry_ms = (unit_ms / 10.0).clamp(100.0, 2000.0) as u32;
-                Response::Idle { retry_ms, why: why.unwrap_or(Idle::Waiting), accepted }
-            }
-        }
-    }
-
-    /// Whether work that comes up could be given to `peer` at once.
-    fn is_free(&self, peer: PeerKey) -> bool {
-        let volunteer = self.scheduler.volunteers().get(&peer);
-        volunteer.is_some_and(|v| v.may_work(self.now_ms) && v.lease_count() == 0)
-    }
-
-    /// Keeps a question for work until there is some.
-    fn hold(&mut self, peer: PeerKey, token: u64) {
-        self.scheduler.touch(peer, self.now_ms);
-        let session = self.sessions.get_mut(&peer);
-        let before = session.and_then(|s| s.waiting.replace(token));
-        match before {
-            Some(token) => self.effect(Effect::Reply { token, response: Response::Done }),
-            None => {
-                let silence_ms = self.pipeline.config.swarm.silence_seconds * 1e3;
-                let hold_ms = HOLD_MS.min((silence_ms / 4.0) as u64);
-                let queue = if self.scheduler.is_trusted(&peer) { TRUSTED } else { UNTRUSTED };
-                self.waiting[queue].push_back((self.now_ms + hold_ms, peer));
-            }
-        }
-    }
-
-    /// Answers those who wait, as far as there is work; and those who waited long enough.
-    pub(super) fn serve_waiting(&mut self, blobs: &dyn Blobs) {
-        self.serve_queue(TRUSTED, blobs);
-        self.serve_queue(UNTRUSTED, blobs);
-    }
-
-    fn serve_queue(&mut self, queue: usize, blobs: &dyn Blobs) {
-        let all_hear = self.closed || self.paused;
-        let mut in_vain = 0;
-        while let Some(&(until_ms, peer)) = self.waiting[queue].front() {
-            let due = self.now_ms >= until_ms || all_hear;
-            let has_work = self.scheduler.has_units(self.now_ms)
-                || queue == TRUSTED && self.scheduler.audits_waiting() > 0;
-            if !due && (!has_work || in_vain == SEARCH_MAX) {
-                return;
-            }
-            self.waiting[queue].pop_front();
-            let Some(token) = self.sessions.get(&peer).and_then(|s| s.waiting) else { continue };
-            let response = self.take(peer, blobs);
-            if matches!(response, Response::Idle { why: Idle::Waiting, .. }) && !due {
-                // What there is does not suit it: others come first now. All wait at most twice as
-                // long as they should.
-                self.waiting[queue].push_back((until_ms, peer));
-                in_vain += 1;
-                continue;
-            }
-            if let Some(session) = self.sessions.get_mut(&peer) {
-                session.waiting = None;
-            }
-            self.scheduler.touch(peer, self.now_ms);
-            self.effect(Effect::Reply { token, response });
-        }
-    }
-
-    /// The bytes of a unit that was just leased.
-    fn issue(
-        &mut self,
-        task: TaskId,
-        path: crate::run::job::JobPath,
-        first: usize,
-        count: usize,
-    ) -> Option<Vec<u8>> {
-        let job = &self.pipeline.job(path)?.job;
-        let version = Arc::clone(&job.version);
-        let unit =
-            Unit { weights: version.hash().into(), work: job.work.slice(first..first + count) };
-        let bytes = unit.encode();
-        let offers = BTreeMap::new();
-        self.units.entry((Hash::of(&bytes), task)).or_insert(InFlight {
-            task,
-            path,
-            first,
-            count,
-            unit,
-            version,
-            offers,
-            held: None,
-        });
-        Some(bytes)
-    }
-
-    /// The bytes of an audit that was just leased: the unit, in the form that is cheapest to check.
-    fn issue_audit(&mut self, peer: PeerKey, id: TaskId, blobs: &dyn Blobs) -> Option<Vec<u8>> {
-        let audit = self.audits.get_mut(&id)?;
-        let model = self.pipeline.model();
-        let issue = || {
-            let unit = Unit::decode(&blobs.get(&audit.unit)?, model).ok()?;
-            let claimed = decode_output(&blobs.get(&audit.receipt)?, &unit.work, model).ok()?;
-            Some(Unit { weights: unit.weights, work: unit.work.audit(&claimed) }.encode())
-        };
-        match issue() {
-            Some(bytes) => {
-                audit.given = Some(Hash::of(&bytes));
-                Some(bytes)
-            }
-            None => {
-                // Without its blobs only the coordination peer's own error report helps.
-                self.scheduler.release(peer, id);
-                None
-            }
-        }
     }
 
     /// The audit that `peer` holds in the form of `unit`.

@@ -156,7 +156,9 @@ impl Coordinator {
                 ..VolunteerStatus::default()
             }
         };
-        self.scheduler.volunteers().iter().map(status).collect()
+        let mut volunteers: Vec<_> = self.scheduler.volunteers().iter().map(status).collect();
+        volunteers.sort_by(|a: &VolunteerStatus, b| a.peer.cmp(&b.peer));
+        volunteers
     }
 
     fn unit_counts(&self) -> UnitCounts {

@@ -20,9 +20,10 @@ use super::ledger::UnitEntry;
 use super::past::{ByPath, NoOutput, is_missing, output_of, read_output, unit_of};
 use super::unit::{Unit, encode_output};
 use crate::engine::EngineError;
+use crate::run::config::RunConfig;
 use crate::run::job::Version;
 use crate::run::pipeline::{Advanced, Pipeline};
-use crate::run::problems::Problems;
+use crate::run::problems::{Imported, Problems};
 use crate::run::state::State;
 use crate::run::work::{Output, Work};
 use reading::{Opened, Published, Reading};
@@ -58,13 +59,21 @@ pub struct Replay {
     pub first_wrong: Option<(u64, String)>,
 }
 
-/// Computes a work under some weights.
-pub type Execute<'a> = dyn FnMut(&Arc<Version>, &Work) -> Result<Output, EngineError> + 'a;
+/// Computes a work under some weights, of a run that may adapt an imported model.
+pub type Execute<'a> =
+    dyn FnMut(&Problems, &Arc<Version>, &Work) -> Result<Output, EngineError> + 'a;
+
+/// Reads an imported model.
+pub type ReadImport<'a> =
+    dyn FnMut(&RunConfig, &dyn Fn(&str) -> Option<Vec<u8>>) -> Result<Imported, String> + 'a;
 
 /// What a replay needs besides the ledger.
 pub struct Sources<'a> {
     /// Text of a problem file that the run file names and that is no blob.
     pub files: &'a mut dyn FnMut(&str) -> Result<String, String>,
+    /// Reads the imported model of a run that trains one: weights and language, from files by the
+    /// names that the run's first record gives them.
+    pub import: &'a mut ReadImport<'a>,
     /// Blobs of units' results.
     pub blobs: &'a dyn Blobs,
     /// Which units are computed again.
@@ -105,7 +114,8 @@ pub fn replay(
         recomputed: 0,
         first_wrong: None,
     };
-    let begun = reading.opened.as_ref().map(|o| begin(o, sources.files, sources.blobs));
+    let begun =
+        reading.opened.as_ref().map(|o| begin(o, sources.files, sources.import, sources.blobs));
     match begun {
         Some(Ok(pipeline)) => {
             let mut derivation = Derivation::new(pipeline, reading, sources, wrong);
@@ -127,6 +137,7 @@ pub fn replay(
 fn begin(
     opened: &Opened,
     files: &mut dyn FnMut(&str) -> Result<String, String>,
+    import: &mut ReadImport<'_>,
     blobs: &dyn Blobs,
 ) -> Result<Pipeline, String> {
     let config = opened.config.clone();
@@ -143,9 +154,16 @@ fn begin(
         }
         Ok(text)
     };
-    let problems = Problems::open(&config, read).map_err(|e| e.to_string())?;
+    let mut problems = Problems::open(&config, read).map_err(|e| e.to_string())?;
+    if config.model.import.is_some() {
+        let find = |path: &str| {
+            let (_, hash) = opened.files.iter().find(|(name, _)| name == path)?;
+            blobs.get(hash).filter(|bytes| Hash::of(bytes) == *hash)
+        };
+        problems = problems.with_model(import(&config, &find)?);
+    }
     let model = config.model().map_err(|e| e.to_string())?;
-    let state = State::new(&config, &model);
+    let state = State::new(&config, &model, problems.initial(&model));
     let pipeline = Pipeline::new(config, problems, state).map_err(|e| e.to_string())?;
     if Hash::from(pipeline.version().hash()) != opened.weights {
         return Err("the run file begins with other weights".into());
@@ -295,7 +313,8 @@ impl<'a> Derivation<'a> {
         let Some(job) = self.pipeline.job(entry.path) else {
             return Ok(Err("the run asks for no such unit".into()));
         };
-        let again = encode_output(&(self.sources.execute)(&job.job.version, work)?);
+        let (problems, version) = (self.pipeline.problems(), &job.job.version);
+        let again = encode_output(&(self.sources.execute)(problems, version, work)?);
         self.recomputed += 1;
         let receipt = Hash::of(&again);
         if receipt != entry.receipt {

@@ -8,22 +8,26 @@
 mod audits;
 mod leases;
 mod volunteers;
+mod waiting;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
+
+use indexmap::IndexMap;
 
 use super::ids::PeerKey;
 use crate::run::config::SwarmSection;
 use crate::run::job::{JobPath, Stage};
-use audits::{AuditKey, AuditTask};
+use audits::{AuditKey, AuditOffer, AuditTask};
 
 pub use audits::Urgency;
 pub use volunteers::Volunteer;
+pub use waiting::{IN_VAIN_MAX, Turn, Waiting};
 
 /// Units that a volunteer may hold: one to compute, one to have ready.
 pub const LEASES_A_VOLUNTEER_MAX: usize = 2;
 /// Volunteers that may hold the same unit.
-pub const HOLDERS_MAX: usize = 2;
+pub const HOLDERS_MAX: usize = 3;
 /// Lapsed leases in a row after which a volunteer gets one unit at a time, after a pause.
 pub const LAPSES_BEFORE_PAUSE: u32 = 3;
 /// Lapsed leases in a row, without one result, that expel.
@@ -40,8 +44,14 @@ const LATE: f64 = 1.5;
 const GUIDED_SHARE: f64 = 0.5;
 /// Smallest unit towards the end of a job, relative to a full one.
 const UNIT_SHARE_MIN: f64 = 0.125;
-/// Somebody else's unit goes to a volunteer that needs at most this many times a unit's time.
-const HEAVY: f64 = 2.0;
+/// It is not late before so much of a unit's time has passed beyond what was expected.
+const SLACK: f64 = 0.25;
+/// Somebody else's unit goes at once to whoever needs at most this many times a unit's time.
+const SOON: f64 = 0.5;
+/// After so much of a unit's time, to whoever is not slower than the average.
+const COURTESY: f64 = 0.5;
+/// An audit goes to a volunteer that needs at most this many times a unit's time.
+const AUDIT_HEAVY: f64 = 2.0;
 /// Weight of a new measurement of speed.
 const SPEED_GAIN: f64 = 0.3;
 
@@ -111,6 +121,7 @@ struct Tiling {
     /// Items that nobody was given.
     uncut: VecDeque<Range<usize>>,
     item_cost: u64,
+    items_min: usize,
     items_max: usize,
     /// Units that were cut and are not done with.
     tasks: BTreeSet<TaskId>,
@@ -131,7 +142,7 @@ pub struct Counts {
     pub issued: u64,
     /// Units given out again because their holder fell silent.
     pub reissued: u64,
-    /// Units given out a second time because they were late.
+    /// Units and audits given out a second time because they were late.
     pub backups: u64,
     /// Audits given to volunteers.
     pub delegated_audits: u64,
@@ -143,17 +154,19 @@ pub struct Counts {
 #[derive(Debug)]
 pub struct Scheduler {
     policy: SwarmSection,
-    volunteers: BTreeMap<PeerKey, Volunteer>,
+    volunteers: IndexMap<PeerKey, Volunteer>,
     jobs: BTreeMap<JobPath, Tiling>,
     tasks: BTreeMap<TaskId, Task>,
     audits: BTreeMap<TaskId, AuditTask>,
     next_id: TaskId,
-    /// Units that nobody holds, and their cost.
-    homeless: BTreeMap<(JobPath, TaskId), u64>,
-    /// Units that are held by one, by when they are late: job and cost.
+    /// Units that nobody holds: cost, and since when.
+    homeless: BTreeMap<(JobPath, TaskId), (u64, u64)>,
+    /// Units that are held and may have one more holder, by when they are late: job and cost.
     late: BTreeMap<(u64, TaskId), (JobPath, u64)>,
     /// Audits that nobody holds.
-    audit_queue: BTreeMap<AuditKey, AuditTask>,
+    audit_queue: BTreeMap<AuditKey, AuditOffer>,
+    /// Audits that are held and hold up a unit, by when they are late.
+    late_audits: BTreeSet<(u64, TaskId)>,
     /// Audits that only the coordination peer may do.
     own_queue: BTreeSet<AuditKey>,
     deadlines: BTreeSet<(u64, PeerKey, TaskId)>,
@@ -161,6 +174,8 @@ pub struct Scheduler {
     seen: BTreeSet<(u64, PeerKey)>,
     /// Summed speed of all that are present, by kind.
     total_speed: [f64; 3],
+    /// The newest time that was told.
+    now_ms: u64,
     /// What happened so far.
     pub counts: Counts,
 }
@@ -170,7 +185,7 @@ impl Scheduler {
     pub fn new(policy: SwarmSection, first_id: TaskId) -> Self {
         Self {
             policy,
-            volunteers: BTreeMap::new(),
+            volunteers: IndexMap::new(),
             jobs: BTreeMap::new(),
             tasks: BTreeMap::new(),
             audits: BTreeMap::new(),
@@ -178,27 +193,31 @@ impl Scheduler {
             homeless: BTreeMap::new(),
             late: BTreeMap::new(),
             audit_queue: BTreeMap::new(),
+            late_audits: BTreeSet::new(),
             own_queue: BTreeSet::new(),
             deadlines: BTreeSet::new(),
             seen: BTreeSet::new(),
             total_speed: [0.0; 3],
+            now_ms: 0,
             counts: Counts::default(),
         }
     }
 
     /// The `missing` items of a job can be worked on. `item_cost` is the expected cost of an item in
-    /// multiply-adds; a unit has at most `items_max` items.
+    /// multiply-adds; a unit has as many items as `items` says, in multiples of the least number,
+    /// but for what is left over.
     pub fn open(
         &mut self,
         path: JobPath,
         item_cost: u64,
-        items_max: usize,
+        items: RangeInclusive<usize>,
         missing: &[Range<usize>],
     ) {
         let uncut = missing.iter().filter(|r| !r.is_empty()).cloned().collect();
-        let items_max = items_max.max(1);
+        let items_min = (*items.start()).max(1);
+        let items_max = (*items.end()).max(items_min);
         let (item_cost, tasks) = (item_cost.max(1), BTreeSet::new());
-        let tiling = Tiling { uncut, item_cost, items_max, tasks };
+        let tiling = Tiling { uncut, item_cost, items_min, items_max, tasks };
         self.jobs.entry(path).or_insert(tiling);
     }
 
@@ -234,7 +253,7 @@ impl Scheduler {
         if let Some(t) = self.tasks.get_mut(&task) {
             t.delivered = false;
             if t.holders.is_empty() {
-                self.homeless.insert((t.path, task), t.cost);
+                self.homeless.insert((t.path, task), (t.cost, self.now_ms));
             }
         }
     }
@@ -261,7 +280,7 @@ impl Scheduler {
             _ => return,
         };
         let Some(v) = self.volunteers.get_mut(&peer) else { return };
-        let Some(lease) = v.leases.get(&task) else { return };
+        let Some(lease) = v.lease(task) else { return };
         v.lapses = 0;
         let began = lease.since_ms.max(v.free_ms);
         v.free_ms = now_ms;

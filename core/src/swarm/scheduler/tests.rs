@@ -16,7 +16,7 @@ fn path() -> JobPath {
 /// A job of many items of a tenth of a second each, and some volunteers.
 fn scheduler(items: usize, volunteers: u8) -> Scheduler {
     let mut scheduler = Scheduler::new(SwarmSection::default(), 0);
-    scheduler.open(path(), (SPEED / 10.0) as u64, 1000, std::slice::from_ref(&(0..items)));
+    scheduler.open(path(), (SPEED / 10.0) as u64, 1..=1000, std::slice::from_ref(&(0..items)));
     (0..volunteers).for_each(|i| scheduler.arrive(peer(i), SPEED, 0));
     scheduler
 }
@@ -39,23 +39,81 @@ fn leases_of_one_volunteer_are_bounded() {
 #[test]
 fn unit_has_no_more_items_than_fit_a_message() {
     let mut scheduler = Scheduler::new(SwarmSection::default(), 0);
-    scheduler.open(path(), 1, 7, std::slice::from_ref(&(0..1000)));
+    scheduler.open(path(), 1, 1..=7, std::slice::from_ref(&(0..1000)));
     scheduler.arrive(peer(0), SPEED, 0);
     let Some(Assignment::Unit { count, .. }) = scheduler.take(peer(0), 0) else { panic!("none") };
     assert_eq!(count, 7);
 }
 
-/// A late unit goes to a second volunteer, and to no third.
+/// An engine that is slow with few items would be given ever fewer.
+#[test]
+fn unit_of_a_slow_volunteer_is_whole_batches() {
+    let mut scheduler = Scheduler::new(SwarmSection::default(), 0);
+    scheduler.open(path(), SPEED as u64, 8..=1000, std::slice::from_ref(&(0..44)));
+    let counts: Vec<usize> = (0..4)
+        .map_while(|i| {
+            scheduler.arrive(peer(i), SPEED * [0.01, 5.0, 1.0, 0.01][i as usize], 0);
+            match scheduler.take(peer(i), 0) {
+                Some(Assignment::Unit { count, .. }) => Some(count),
+                _ => None,
+            }
+        })
+        .collect();
+    assert!(counts[..3].iter().all(|c| c % 8 == 0 && *c > 0), "{counts:?}");
+    assert_eq!(counts[0], 8);
+}
+
+/// A late unit goes to a second volunteer, and to a third if that one is late too, and to no more.
 #[test]
 fn holders_of_one_unit_are_bounded() {
     let mut scheduler = scheduler(1, 5);
     let first = task(scheduler.take(peer(0), 0));
     assert_eq!(scheduler.take(peer(1), 0), None, "not late yet");
-    let late_ms = 2 * UNIT_MS;
-    let others = (1..5).filter_map(|i| scheduler.take(peer(i), late_ms)).collect::<Vec<_>>();
-    assert_eq!(others.len(), HOLDERS_MAX - 1);
-    assert_eq!(task(others.first().copied()), first);
-    assert_eq!(scheduler.counts.backups, 1);
+    let others = (1..5)
+        .filter_map(|i| scheduler.take(peer(i), u64::from(i) * UNIT_MS).map(|a| task(Some(a))))
+        .collect::<Vec<_>>();
+    assert_eq!(others, vec![first; HOLDERS_MAX - 1]);
+    assert_eq!(scheduler.counts.backups, others.len() as u64);
+}
+
+/// What was cut for a fast volunteer goes to another fast one at once; to one that is not slower
+/// than most after a while; and to a slow one not at all, while somebody faster is here.
+#[test]
+fn heavy_unit_that_nobody_holds_goes_to_the_fast() {
+    let mut scheduler = Scheduler::new(SwarmSection::default(), 0);
+    scheduler.open(path(), 100 * SPEED as u64, 1..=1, std::slice::from_ref(&(0..1)));
+    let (slow, fast, other) = (peer(0), peer(1), peer(2));
+    let courtesy_ms = (COURTESY * UNIT_MS as f64) as u64;
+    for (peer, speed) in [(slow, SPEED), (fast, 100.0 * SPEED), (other, 100.0 * SPEED)] {
+        scheduler.arrive(peer, speed, 0);
+    }
+    let unit = task(scheduler.take(fast, 0));
+    scheduler.leave(fast);
+    assert_eq!(scheduler.take(slow, 3 * UNIT_MS), None);
+    assert_eq!(task(scheduler.take(other, 3 * UNIT_MS)), unit);
+    scheduler.leave(other);
+    assert_eq!(scheduler.take(slow, 3 * UNIT_MS + courtesy_ms - 1), None, "somebody may come");
+    assert_eq!(task(scheduler.take(slow, 3 * UNIT_MS + courtesy_ms)), unit);
+}
+
+/// A unit waits for its audit: when the auditor is late, somebody else audits as well, and who is
+/// second has nothing left to do.
+#[test]
+fn late_audit_of_a_unit_that_waits_goes_to_another() {
+    let mut scheduler = scheduler(1, 4);
+    (1..4).for_each(|i| scheduler.standing(peer(i)).valid_in_a_row = 100);
+    let spot = scheduler.request_audit(peer(0), Kind::Gradient, 1, Urgency::Spot);
+    let audit = scheduler.request_audit(peer(0), Kind::Gradient, 1, Urgency::Admission);
+    assert_eq!(scheduler.take(peer(1), 0), Some(Assignment::Audit { audit }));
+    assert_eq!(scheduler.take(peer(2), 0), Some(Assignment::Audit { audit: spot }));
+    scheduler.touch(peer(1), UNIT_MS);
+    scheduler.expire(UNIT_MS);
+    assert_eq!(scheduler.audits_waiting(), 1, "what enters at once can wait for its audit");
+    assert_eq!(scheduler.take(peer(3), UNIT_MS), Some(Assignment::Audit { audit }));
+    assert_eq!((scheduler.holds(peer(1), audit), scheduler.counts.backups), (true, 1));
+    scheduler.finish_audit(audit);
+    assert!(!scheduler.holds(peer(1), audit) && !scheduler.holds(peer(3), audit));
+    assert_eq!(scheduler.audits_waiting(), 0);
 }
 
 /// Who lets units lapse again and again is given one at a time, after ever longer pauses that have

@@ -1,6 +1,6 @@
 //! Who is here, how fast, and since when silent.
 
-use std::collections::BTreeMap;
+use indexmap::IndexMap;
 
 use super::{Lease, Scheduler, TaskId};
 use crate::swarm::ids::PeerKey;
@@ -27,7 +27,8 @@ pub struct Volunteer {
     pub(super) rank: Option<TaskId>,
     /// When it last finished something.
     pub(super) free_ms: u64,
-    pub(super) leases: BTreeMap<TaskId, Lease>,
+    /// Few: see [`super::LEASES_A_VOLUNTEER_MAX`].
+    pub(super) leases: Vec<(TaskId, Lease)>,
     /// Its place in the scheduler's order of silence: a sign of life since then moves it when its
     /// turn comes, so that a sign of life is cheap.
     pub(super) listed_ms: u64,
@@ -45,7 +46,7 @@ impl Volunteer {
             disputes: 0,
             rank: None,
             free_ms: 0,
-            leases: BTreeMap::new(),
+            leases: Vec::new(),
             listed_ms: 0,
         }
     }
@@ -53,6 +54,10 @@ impl Volunteer {
     /// Units and audits it holds.
     pub fn lease_count(&self) -> usize {
         self.leases.len()
+    }
+
+    pub(super) fn lease(&self, task: TaskId) -> Option<Lease> {
+        self.leases.iter().find(|(id, _)| *id == task).map(|(_, lease)| *lease)
     }
 
     /// Whether it may have work, if there is any.
@@ -69,7 +74,7 @@ impl Volunteer {
 
 impl Scheduler {
     /// All volunteers that are here, or of whom something is known.
-    pub fn volunteers(&self) -> &BTreeMap<PeerKey, Volunteer> {
+    pub fn volunteers(&self) -> &IndexMap<PeerKey, Volunteer> {
         &self.volunteers
     }
 
@@ -123,6 +128,7 @@ impl Scheduler {
 
     /// A sign of life.
     pub fn touch(&mut self, peer: PeerKey, now_ms: u64) {
+        self.now_ms = now_ms;
         if let Some(v) = self.volunteers.get_mut(&peer) {
             v.seen_ms = now_ms;
         }
@@ -141,7 +147,7 @@ impl Scheduler {
             self.release(peer, task);
         }
         if self.volunteers.get(&peer).is_some_and(Volunteer::is_stranger) {
-            self.volunteers.remove(&peer);
+            self.volunteers.swap_remove(&peer);
         }
     }
 

@@ -59,9 +59,9 @@ impl Volunteer {
                 self.effects.push(Effect::Load { want: *want, base, blobs });
             }
             (Request::Weights { want, .. }, _) => {
-                let want = *want;
+                let (want, base) = (*want, self.base());
                 self.loading = None;
-                self.give_back(|h| h.unit.weights == want);
+                self.give_back(|h| h.unit.weights == want || base == Some(want));
             }
             (_, Response::Refused(Refusal::NoSession)) => {
                 self.link = Link::Up { session: false };
@@ -86,6 +86,7 @@ impl Volunteer {
         let (Some(config), Some(model)) = (config, model) else { return self.lost() };
         if self.run != welcome.run {
             self.run = welcome.run;
+            self.has_base = false;
             self.held.clear();
             self.effects.push(Effect::Model(Box::new(config)));
         }
@@ -157,7 +158,10 @@ impl Volunteer {
         let missing = missing.map(|h| h.unit.weights).find(|w| !self.weights.contains(w));
         if let Some(want) = missing.filter(|_| self.loading.is_none()) {
             let have = self.weights.iter().copied().collect();
-            return Some(Request::Weights { want, have });
+            return Some(match self.base().filter(|_| !self.has_base) {
+                Some(base) => Request::Weights { want: base, have: Vec::new() },
+                None => Request::Weights { want, have },
+            });
         }
         if self.now_ms >= self.beat_ms {
             self.beat_ms = self.now_ms + self.beat_every_ms;

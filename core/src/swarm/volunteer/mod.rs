@@ -166,6 +166,8 @@ pub struct Volunteer {
     released: Vec<Hash>,
     /// Oldest first.
     weights: VecDeque<Hash>,
+    /// Whether the model that adapters adapt is loaded; it stays.
+    has_base: bool,
     loading: Option<Hash>,
     take_ms: u64,
     beat_ms: u64,
@@ -201,6 +203,7 @@ impl Volunteer {
             held: VecDeque::new(),
             released: Vec::new(),
             weights: VecDeque::new(),
+            has_base: false,
             loading: None,
             take_ms: 0,
             beat_ms: 0,
@@ -221,6 +224,11 @@ impl Volunteer {
     /// Who coordinates and who follows: whoever of them has a blob may give it.
     pub fn peers(&self) -> &[PeerAddress] {
         &self.peers
+    }
+
+    /// What the run's adapters adapt.
+    fn base(&self) -> Option<Hash> {
+        self.model.as_ref()?.adapter.as_ref().map(|a| a.base)
     }
 
     /// Whether the engine has something to do.
@@ -265,7 +273,12 @@ impl Volunteer {
             }
             Event::Weights { hash, loaded } => {
                 self.loading = None;
-                if loaded {
+                if self.base() == Some(hash) {
+                    self.has_base = loaded;
+                    if !loaded {
+                        self.give_back(|h| h.stage == Stage::Waiting);
+                    }
+                } else if loaded {
                     self.weights.push_back(hash);
                     self.forget_surplus();
                 } else {
@@ -285,6 +298,7 @@ impl Volunteer {
             }
             Event::EngineLost => {
                 self.weights.clear();
+                self.has_base = false;
                 self.loading = None;
                 for h in self.held.iter_mut().filter(|h| h.stage == Stage::Computing) {
                     h.stage = Stage::Waiting;

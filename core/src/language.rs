@@ -3,10 +3,11 @@
 //! Both come with the weights and are not trusted: files are bounded, templates run on fuel.
 
 use anyhow::{Context, Result, anyhow, ensure};
-use manyhands_core::model::tokenizer::{EncodeError, Tokenizer};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, ErrorKind, context};
 use serde::{Deserialize, Serialize};
+
+use crate::model::tokenizer::{EncodeError, Tokenizer};
 
 /// The tokenizer, as the `tokenizers` library writes it.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
@@ -28,18 +29,42 @@ pub struct Marks {
 }
 
 /// Who says what in a chat.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Message {
-    /// `system`, `user` or `assistant`.
-    pub role: &'static str,
+    /// Who: anybody else than these three is no message.
+    pub role: Role,
     /// The words.
     pub content: String,
+}
+
+/// A voice in a chat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Sets the scene.
+    System,
+    /// Asks.
+    User,
+    /// Answers: the model.
+    Assistant,
+}
+
+impl Role {
+    /// As chat templates know it.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::User => "user",
+            Self::Assistant => "assistant",
+        }
+    }
 }
 
 impl Message {
     /// A message of the user.
     pub fn user(content: impl Into<String>) -> Self {
-        Self { role: "user", content: content.into() }
+        Self { role: Role::User, content: content.into() }
     }
 }
 
@@ -85,6 +110,11 @@ impl Language {
         self.template.is_some()
     }
 
+    /// What the tokenizer calls a token.
+    pub fn name(&self, token: u32) -> Option<String> {
+        self.tokenizer.id_to_token(token)
+    }
+
     /// Tokens of plain text, with the begin token if the model wants it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         self.tokens(text, true)
@@ -99,10 +129,9 @@ impl Language {
     /// Tokens of a conversation, up to where the assistant begins to speak.
     pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>> {
         let environment = self.template.as_ref().context("the model has no chat template")?;
-        let name = |token: Option<u32>| {
-            token.and_then(|t| self.tokenizer.id_to_token(t)).unwrap_or_default()
-        };
-        let message = |m: &Message| context! { role => m.role, content => m.content.clone() };
+        let name = |token: Option<u32>| token.and_then(|t| self.name(t)).unwrap_or_default();
+        let message =
+            |m: &Message| context! { role => m.role.name(), content => m.content.clone() };
         let values = context! {
             messages => messages.iter().map(message).collect::<Vec<_>>(),
             add_generation_prompt => true,
@@ -140,6 +169,15 @@ impl Tokenizer for Language {
             Ok(tokens) => Ok(tokens),
             Err(e) => Err(EncodeError::Imported(format!("{e:#}"))),
         }
+    }
+
+    fn encode_answer(&self, text: &str) -> Result<Vec<u32>, EncodeError> {
+        self.tokens(text, false).map_err(|e| EncodeError::Imported(format!("{e:#}")))
+    }
+
+    fn pieces(&self, tokens: &[u32]) -> Vec<String> {
+        let mut stream = self.stream();
+        tokens.iter().map(|token| stream(*token)).collect()
     }
 
     fn decode(&self, tokens: &[u32]) -> String {
