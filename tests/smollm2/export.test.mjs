@@ -98,7 +98,8 @@ test("llama.cpp says what an adapter's run says, adapter merged or beside the mo
   writeFileSync(
     file,
     `name = "x"\n[model]\nimport = "${model}"\ninstruction = "Answer with # and the result."\n[model.lora]\nrank = 8\n` +
-      `[[task]]\nfamily = "chain_sum"\nlevel = 1\n[sft]\nsteps = 2\nbatch = 4\n[sft.optimizer]\nlearning_rate = 1e-3\n`,
+      `[[task]]\nfamily = "chain_sum"\nlevel = 1\n[sft]\nsteps = 2\nbatch = 4\n[sft.optimizer]\nlearning_rate = 1e-3\n` +
+      `[eval]\nproblems = 1\nsamples = 1\nk = [1]\n`,
   );
   manyhands("train", file, "--dir", run, "--engine", "cpu");
   trained = greedy(run);
