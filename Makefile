@@ -11,7 +11,7 @@ MANYHANDS := target/release/manyhands
 
 help:
 	@echo "make demo   a swarm on this machine trains a tiny model (some minutes after the build)"
-	@echo "make demo-real  the same with SmolLM2-135M and an adapter (about half an hour)"
+	@echo "make demo-real  the same with SmolLM2-135M and an adapter (ten minutes to half an hour)"
 	@echo "make test   every check and test: lints, engines, software Vulkan, wasm, browser, aarch64, Tint"
 	@echo "make bench  measure speed and memory"
 
