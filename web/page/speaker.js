@@ -60,7 +60,7 @@ async function prepare({ kind, workers }) {
 async function answer({ messages, greedy, seed }) {
   const { chats, encode, text, end } = words;
   const prompt = encode(messages);
-  postMessage({ facts: { ...loaded, engine: report.name, chats, context: model.context } });
+  postMessage({ facts: { ...loaded, engine: report.name, problem: report.problem, chats, context: model.context } });
   const tokens = [];
   const started = performance.now();
   let first = started;

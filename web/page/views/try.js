@@ -131,12 +131,13 @@ export class TryView {
     return `${plural(tokens.length, "token")}${rate}${why}.`;
   }
 
-  #showFacts({ ordinal, weights, engine, chats, context }) {
+  #showFacts({ ordinal, weights, engine, problem, chats, context }) {
     this.#say("Reading your words.");
     const memory = chats
       ? `It hears the whole conversation, up to ${whole(context)} tokens.`
       : "It was trained on the run’s problems and does not chat: each question stands alone, so ask as the problems do.";
-    this.#facts.replaceChildren(`Version ${whole(ordinal)}, weights `, hash(weights, 16), `, computed here with ${engine}. ${memory}`);
+    const why = problem ? `: ${problem}` : "";
+    this.#facts.replaceChildren(`Version ${whole(ordinal)}, weights `, hash(weights, 16), `, computed here with ${engine}${why}. ${memory}`);
   }
 
   #showDownload({ done, total }) {
