@@ -40,6 +40,8 @@ export class Settings {
     );
     this.root = this.#form;
     this.set(DEFAULTS);
+    // Until what was kept is known: it would undo what is chosen before.
+    this.disable();
   }
 
   set(settings) {
@@ -55,6 +57,7 @@ export class Settings {
     f.cache_mb.value = s.cache_mb;
     f.engine.value = s.engine;
     f.threads.value = s.threads;
+    for (const field of f) field.disabled = false;
     this.#tell();
   }
 
