@@ -69,7 +69,7 @@ impl Model {
     /// Takes back the powers of two that an import moved, of its weights or of an adapter to them.
     pub fn new(weights: &Weights, shifts: &Shifts) -> Self {
         let mut config = weights.config.clone();
-        config.rms_epsilon *= 4_f64.powi(shifts.residual);
+        config.rms_epsilon = libm::scalbn(config.rms_epsilon, 2 * shifts.residual);
         let tensors = shapes(&config).into_iter().zip(restore(weights, shifts));
         let tensor = |(mut shape, values): (Shape, Vec<f32>)| {
             if !shape.is_bias() {
@@ -84,7 +84,7 @@ impl Model {
     /// Adds an adapter to the matrices that it adapts: W + s B A, computed in f64 and rounded to
     /// f32 once. Matrices without an adapter stay as they are.
     pub fn merge(&mut self, adapter: &Adapter, factors: &[Tensor]) {
-        let scale = 2_f64.powi(adapter.scale_log2().unwrap_or(0));
+        let scale = libm::scalbn(1.0, adapter.scale_log2().unwrap_or(0));
         let factor = |name: &str, own| {
             let found = factors.iter().find(|f| f.shape.name == format!("{name}.{own}"));
             found.map(|f| &*f.values)

@@ -100,7 +100,7 @@ fn block_shifts(gain: &[f32]) -> Vec<i32> {
 /// Rounds a model, one tensor after the other.
 pub fn quantize(source: &Source<'_>, shifts: &Shifts) -> Result<Weights, ImportError> {
     let mut config = source.config.clone();
-    config.rms_epsilon /= 4_f64.powi(shifts.residual);
+    config.rms_epsilon = libm::scalbn(config.rms_epsilon, -2 * shifts.residual);
     config.validate().map_err(|e| {
         error(e.key, format!("{}, after the residual stream was scaled to fit", e.problem))
     })?;

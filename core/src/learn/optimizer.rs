@@ -131,7 +131,7 @@ impl TensorState {
 
     /// `d loss / d master` over `d loss / d published`.
     fn gradient_scale(&self) -> f64 {
-        f64::from(2_f32.powi(self.scale_log2))
+        libm::scalbn(1.0, self.scale_log2)
     }
 }
 

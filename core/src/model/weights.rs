@@ -112,7 +112,7 @@ impl Parameter {
     /// Quantises trained f32 values of the given shape.
     pub fn quantize(shape: &Shape, values: &[f32]) -> Self {
         if shape.scale_log2 != 0 {
-            let scale = 2_f32.powi(shape.scale_log2);
+            let scale = libm::scalbnf(1.0, shape.scale_log2);
             let values: Vec<f32> = values.iter().map(|v| v * scale).collect();
             return Self::Matrix(tiles(Path::best(), &values, shape.rows, shape.cols));
         }
@@ -157,7 +157,7 @@ impl Weights {
         let values = |(shape, parameter): (Shape, &Parameter)| match parameter {
             Parameter::Gain(gain) => gain.iter().map(|g| *g as f32 / 4096.0).collect(),
             Parameter::Matrix(t) => {
-                let scale = 2_f64.powi(-shape.scale_log2);
+                let scale = libm::scalbn(1.0, -shape.scale_log2);
                 let value = |i| (t.value(i / shape.cols, i % shape.cols) * scale) as f32;
                 (0..shape.rows * shape.cols).map(value).collect()
             }
