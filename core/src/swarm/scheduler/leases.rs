@@ -214,12 +214,25 @@ impl Scheduler {
             if deadline > now_ms {
                 break;
             }
+            self.slow_down(peer, task);
             self.release(peer, task);
             if self.lapse(peer, now_ms) >= LAPSES_MAX {
                 hoarders.push(peer);
             }
         }
         hoarders
+    }
+
+    /// A lease of `peer` lapsed: it may be slower than was thought, by another engine or other work
+    /// on its machine. Its next units are smaller, and it has longer for them, so that it is not
+    /// taken for one who hoards. Who hoards gains little: this ends with the first pause.
+    fn slow_down(&mut self, peer: PeerKey, task: TaskId) {
+        if let Some(kind) = self.kind_of(task)
+            && let Some(v) = self.volunteers.get(&peer)
+            && v.lapses < LAPSES_BEFORE_PAUSE
+        {
+            self.set_speed(peer, kind, v.speed[kind] / PATIENCE as f64);
+        }
     }
 
     /// Counts a lapse; too many bring a pause. Returns how many in a row.

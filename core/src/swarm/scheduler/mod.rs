@@ -36,7 +36,8 @@ pub const LAPSES_MAX: u32 = 12;
 pub const SEARCH_MAX: usize = 64;
 /// Longest pause after lapses.
 const PAUSE_MS_MAX: u64 = 600_000;
-/// A lease lasts this many times the expected time.
+/// A lease lasts this many times the expected time; whoever lets one lapse is taken to be so many
+/// times slower than was thought.
 const PATIENCE: u64 = 4;
 /// A unit is given out a second time when it is this many times later than expected.
 const LATE: f64 = 1.5;
@@ -274,11 +275,7 @@ impl Scheduler {
 
     /// A volunteer finished `task`, which cost `cost` multiply-adds: measures its speed.
     pub fn finished(&mut self, peer: PeerKey, task: TaskId, cost: u64, now_ms: u64) {
-        let kind = match (self.tasks.get(&task), self.audits.get(&task)) {
-            (Some(t), _) => Kind::of(t.path.stage) as usize,
-            (_, Some(a)) => a.kind as usize,
-            _ => return,
-        };
+        let Some(kind) = self.kind_of(task) else { return };
         let Some(v) = self.volunteers.get_mut(&peer) else { return };
         let Some(lease) = v.lease(task) else { return };
         v.lapses = 0;
@@ -286,11 +283,17 @@ impl Scheduler {
         v.free_ms = now_ms;
         let measured = cost as f64 * 1e3 / now_ms.saturating_sub(began).max(1) as f64;
         let old = v.speed[kind];
-        v.speed[kind] = (old + SPEED_GAIN * (measured - old)).max(1.0);
-        if v.is_present {
-            self.total_speed[kind] += v.speed[kind] - old;
-        }
+        self.set_speed(peer, kind, old + SPEED_GAIN * (measured - old));
         self.drop_lease(peer, task);
+    }
+
+    /// Index of a unit's or audit's [`Kind`].
+    fn kind_of(&self, task: TaskId) -> Option<usize> {
+        match (self.tasks.get(&task), self.audits.get(&task)) {
+            (Some(t), _) => Some(Kind::of(t.path.stage) as usize),
+            (_, Some(a)) => Some(a.kind as usize),
+            _ => None,
+        }
     }
 
     fn set_late(&mut self, task: TaskId, late_ms: Option<u64>) {

@@ -116,6 +116,62 @@ fn late_audit_of_a_unit_that_waits_goes_to_another() {
     assert_eq!(scheduler.audits_waiting(), 0);
 }
 
+/// Breaks if an honest volunteer that has become slow is given the same again until it is expelled.
+#[test]
+fn volunteer_that_has_become_slow_is_given_less_and_longer() {
+    let mut scheduler = scheduler(1000, 1);
+    let slow = SPEED / 50.0;
+    let (mut now_ms, mut lapses) = (0, 0);
+    let count = loop {
+        now_ms = scheduler.volunteers()[&peer(0)].resume_ms.max(now_ms);
+        let given = scheduler.take(peer(0), now_ms).or_else(|| {
+            // What it lost is offered to the average only after a while.
+            now_ms += UNIT_MS;
+            scheduler.take(peer(0), now_ms)
+        });
+        let Some(Assignment::Unit { task, count, .. }) = given else { panic!("{given:?}") };
+        let cost = count as u64 * (SPEED / 10.0) as u64;
+        now_ms += (cost as f64 / slow * 1e3) as u64;
+        scheduler.touch(peer(0), now_ms);
+        assert!(scheduler.expire(now_ms).is_empty(), "it was expelled");
+        if scheduler.holds(peer(0), task) {
+            scheduler.finished(peer(0), task, cost, now_ms);
+            scheduler.forget(task);
+            break count;
+        }
+        lapses = scheduler.volunteers()[&peer(0)].lapses;
+    };
+    assert!((1..=LAPSES_BEFORE_PAUSE).contains(&lapses), "{lapses} lapses");
+    assert!(count <= 100);
+    let cut = (0..20).find_map(|_| match scheduler.take(peer(0), now_ms) {
+        Some(Assignment::Unit { task, count, .. }) => {
+            scheduler.forget(task);
+            (count < 20).then_some(count)
+        }
+        _ => None,
+    });
+    assert!(cut.is_some(), "no smaller unit was cut");
+}
+
+/// Breaks if what one engine did is expected of another.
+#[test]
+fn speed_of_another_engine_counts_from_the_start() {
+    let mut scheduler = scheduler(1000, 2);
+    let speed = |s: &Scheduler| s.volunteers()[&peer(0)].speed[2];
+    let given = task(scheduler.take(peer(0), 0));
+    scheduler.finished(peer(0), given, SPEED as u64, 100);
+    let measured = speed(&scheduler);
+    assert!(measured > 2.0 * SPEED);
+    // The same engine, measured on a busier machine.
+    scheduler.arrive(peer(0), SPEED / 2.0, 200);
+    assert_eq!(speed(&scheduler), measured);
+    for claim in [SPEED / 40.0, SPEED] {
+        scheduler.arrive(peer(0), claim, 300);
+        assert_eq!(speed(&scheduler), claim);
+        assert_eq!(scheduler.total_speed[2], claim + SPEED);
+    }
+}
+
 /// Who lets units lapse again and again is given one at a time, after ever longer pauses that have
 /// an end, and is expelled at last.
 #[test]
@@ -134,7 +190,7 @@ fn lapses_in_a_row_bring_pauses_and_then_expulsion() {
         if lapses >= LAPSES_BEFORE_PAUSE {
             assert_eq!(scheduler.take(peer(0), now_ms), None, "a second unit");
         }
-        now_ms += 1_000_000;
+        now_ms += 10_000_000;
         scheduler.touch(peer(0), now_ms);
         hoarders = scheduler.expire(now_ms);
         lapses += 1;

@@ -7,6 +7,10 @@ use crate::swarm::ids::PeerKey;
 use crate::swarm::ledger::Offence;
 use crate::swarm::trust::Standing;
 
+/// A volunteer that says it is this many times faster or slower than it said before computes by
+/// another engine: what was measured of the other one says nothing.
+const ANOTHER_ENGINE: f64 = 4.0;
+
 /// What the scheduler knows of a volunteer.
 #[derive(Clone, Debug)]
 pub struct Volunteer {
@@ -14,6 +18,8 @@ pub struct Volunteer {
     pub standing: Standing,
     /// Multiply-adds a second, by [`super::Kind`].
     pub speed: [f64; 3],
+    /// What it said of itself.
+    claimed: f64,
     /// Whether it is here.
     pub is_present: bool,
     /// When it last showed a sign of life.
@@ -39,6 +45,7 @@ impl Volunteer {
         Self {
             standing: Standing::default(),
             speed: [1.0; 3],
+            claimed: 0.0,
             is_present: false,
             seen_ms: 0,
             lapses: 0,
@@ -111,18 +118,32 @@ impl Scheduler {
 
     /// A volunteer says hello, with the speed that it measured: multiply-adds a second.
     pub fn arrive(&mut self, peer: PeerKey, speed: f64, now_ms: u64) {
+        let claim = speed.clamp(1e3, 1e18);
         let volunteer = self.entry(peer);
-        let first_time = volunteer.speed == [1.0; 3];
-        if first_time {
-            // Decoding a few sequences uses a fraction of what dense products reach.
-            volunteer.speed = [speed * 0.25, speed, speed].map(|s| s.clamp(1e3, 1e18));
-        }
         volunteer.seen_ms = now_ms;
+        let before = std::mem::replace(&mut volunteer.claimed, claim);
+        if !(before / ANOTHER_ENGINE..=before * ANOTHER_ENGINE).contains(&claim) {
+            // Decoding a few sequences uses a fraction of what dense products reach.
+            for (kind, share) in [0.25, 1.0, 1.0].into_iter().enumerate() {
+                self.set_speed(peer, kind, claim * share);
+            }
+        }
+        let volunteer = self.entry(peer);
         if !std::mem::replace(&mut volunteer.is_present, true) {
             volunteer.listed_ms = now_ms;
             let speed = volunteer.speed;
             self.seen.insert((now_ms, peer));
             self.add_speed(speed, 1.0);
+        }
+    }
+
+    /// Sets a speed, by index of its kind.
+    pub(super) fn set_speed(&mut self, peer: PeerKey, kind: usize, speed: f64) {
+        let v = self.entry(peer);
+        let old = std::mem::replace(&mut v.speed[kind], speed.max(1.0));
+        if v.is_present {
+            let change = v.speed[kind] - old;
+            self.total_speed[kind] = (self.total_speed[kind] + change).max(0.0);
         }
     }
 
