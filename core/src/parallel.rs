@@ -12,3 +12,15 @@ pub(crate) fn map<T: Send, R: Send>(items: Vec<T>, f: impl Fn(T) -> R + Sync + S
 pub(crate) fn map<T: Send, R: Send>(items: Vec<T>, f: impl Fn(T) -> R + Sync + Send) -> Vec<R> {
     items.into_iter().map(f).collect()
 }
+
+/// What threads may share, where there are threads.
+#[cfg(feature = "threads")]
+pub trait Share: Send + Sync {}
+#[cfg(feature = "threads")]
+impl<T: Send + Sync> Share for T {}
+
+/// What threads may share, where there are threads.
+#[cfg(not(feature = "threads"))]
+pub trait Share {}
+#[cfg(not(feature = "threads"))]
+impl<T> Share for T {}

@@ -2,6 +2,11 @@
 
 use std::process::ExitCode;
 
+/// Gradients and weights come and go by the hundred megabytes; glibc's allocator gives their pages
+/// back to the system every time, and every thread waits for that.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     quiet_device_select();
     // Several parts of the program bring a provider of cryptography for TLS; without a word it

@@ -9,10 +9,10 @@ pub mod cpu;
 pub mod gpu;
 pub mod twin;
 
-use std::borrow::Cow;
 use std::future::Future;
 use std::ops::Range;
 
+pub use crate::parallel::Share;
 pub use manyhands_shaders::bfp::Tiles;
 pub use manyhands_shaders::twin::logits::{RowStats, SeedRow};
 pub use manyhands_shaders::twin::{Saturations, Segment};
@@ -133,9 +133,9 @@ pub trait Engine {
     /// What RMSNorm keeps for its backward pass.
     type Norm;
     /// A weight matrix (O, C), ready for `x W^T` and `dy W`, and as an embedding.
-    type Weight;
+    type Weight: Share;
     /// (C) gains in Q3.12.
-    type Gain;
+    type Gain: Share;
     /// (N, H, D) rotated queries.
     type Queries;
     /// Keys and values of one layer.
@@ -234,16 +234,44 @@ pub trait Engine {
     ) -> impl Future<Output = Result<Vec<(u32, RowStats)>, EngineError>>;
     /// Reads a tensor, for tests and tools.
     fn read(&self, x: &Self::Tensor) -> impl Future<Output = Result<Vec<i32>, EngineError>>;
-    /// Reads a gradient (unpadded, row-major): borrowed if it is in this memory already.
-    fn read_gradient<'a>(
+    /// Reads a gradient (unpadded, row-major).
+    fn read_gradient(
         &self,
-        grad: &'a Self::Gradient,
-    ) -> impl Future<Output = Result<Cow<'a, [i64]>, EngineError>>;
+        grad: &Self::Gradient,
+    ) -> impl Future<Output = Result<Vec<i64>, EngineError>>;
+    /// The same for who needs it no more: without a copy, if it is in this memory already.
+    fn take_gradient(
+        &self,
+        grad: Self::Gradient,
+    ) -> impl Future<Output = Result<Vec<i64>, EngineError>> {
+        async move { self.read_gradient(&grad).await }
+    }
     /// Whether saturations of what is called from now on are counted, as at first: what is computed
     /// a second time counts once.
     fn count_saturations(&self, on: bool);
     /// The saturations since the last call, which starts a new tally.
     fn take_saturations(&self) -> impl Future<Output = Result<Saturations, EngineError>>;
+
+    /// Rows (tokens) that are computed together at most, for speed: results do not depend on it.
+    fn rows_max(&self) -> usize {
+        4096
+    }
+    /// Engines inside this one that compute at the same time, each with a thread and a tally of its
+    /// own. What needs nothing of one another they compute faster than one engine's threads, which
+    /// wait for each other after every operation.
+    fn lanes(&self) -> usize {
+        1
+    }
+    /// Results of `count` parts, at most one a lane: the first is that of `own`, in this thread.
+    /// Lanes never wait: their futures are ready when they are polled.
+    fn on_lanes<R: Share>(
+        &self,
+        count: usize,
+        own: impl FnOnce(&Self) -> R,
+        other: impl Fn(&Self, usize) -> R + Share,
+    ) -> Vec<R> {
+        std::iter::once(own(self)).chain((1..count).map(|i| other(self, i))).collect()
+    }
 }
 
 #[cfg(test)]

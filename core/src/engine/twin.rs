@@ -1,6 +1,5 @@
 //! The twin engine: every operation by the loops that define it. Slow, obvious, never tuned.
 
-use std::borrow::Cow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -283,8 +282,8 @@ impl Engine for Twin {
         Ok(x.data.clone())
     }
 
-    async fn read_gradient<'a>(&self, grad: &'a Gradient) -> Result<Cow<'a, [i64]>, EngineError> {
-        Ok(Cow::Borrowed(&grad.data))
+    async fn read_gradient(&self, grad: &Gradient) -> Result<Vec<i64>, EngineError> {
+        Ok(grad.data.clone())
     }
 
     fn count_saturations(&self, on: bool) {

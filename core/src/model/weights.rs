@@ -194,6 +194,9 @@ fn le_bytes<T: Copy, const N: usize>(x: &[T], f: impl Fn(T) -> [u8; N]) -> Vec<u
     x.iter().flat_map(|&x| f(x)).collect()
 }
 
+/// Sums that a thread adds at once.
+const PART: usize = 1 << 16;
+
 /// The gradient of every parameter, in the order of [`shapes`]: `FX(16)` times the loss scale.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gradients(pub Vec<Vec<i64>>);
@@ -207,8 +210,12 @@ impl Gradients {
     /// Adds another sum; integer addition, so order never matters. It wraps, which no sum of honest
     /// shares comes near: a lie must not end the program before an audit finds it.
     pub fn add(&mut self, other: &Self) {
-        for (a, b) in self.0.iter_mut().flatten().zip(other.0.iter().flatten()) {
-            *a = a.wrapping_add(*b);
-        }
+        let tensors = self.0.iter_mut().zip(&other.0);
+        let parts = tensors.flat_map(|(a, b)| a.chunks_mut(PART).zip(b.chunks(PART)));
+        parallel::map(parts.collect(), |(a, b)| {
+            for (a, b) in a.iter_mut().zip(b) {
+                *a = a.wrapping_add(*b);
+            }
+        });
     }
 }

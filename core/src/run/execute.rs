@@ -1,14 +1,25 @@
 //! Computing [`Work`] on an engine.
 
+use std::pin::pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, Waker};
+
+use super::parts::Parts;
 use super::work::{Output, Values, Work};
 use crate::engine::{Batch, Engine, EngineError, RowStats, Saturations, SeedRow};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{Decoder, DeviceGradients, Keep};
 use crate::model::generate::{Completion, Request, Sampling, UNIT_SCALE, draw, generate};
 
-/// Rows (tokens) a micro-batch holds at most, unless a single sequence is longer. Sums are
-/// integers: how sequences are cut into micro-batches changes nothing but memory.
-const MICRO_BATCH_ROWS: usize = 4096;
+/// What all lanes keep for their backward passes, and their sums of gradients, in bytes.
+const LANES_BYTES_MAX: usize = 1 << 30;
+/// Rows of which a lane makes a gradient, at least: its sums cost as much as a hundred rows.
+const LANE_ROWS_MIN: usize = 256;
+/// A model of more parameters comes from far away for every step of decoding: whoever reads it
+/// decodes for several requests,
+const NEAR_PARAMETERS_MAX: usize = 16 << 20;
+/// of which there are so many.
+const FAR_REQUESTS_MIN: usize = 8;
 /// Logits that are looked at together, and other tensors of a micro-batch, in bytes.
 const TENSOR_BYTES_MAX: usize = 64 << 20;
 /// What a micro-batch of several sequences keeps for its backward pass, in bytes.
@@ -21,10 +32,10 @@ const SLOTS_MAX: usize = 512;
 const CACHE_BYTES_MAX: u64 = 1 << 30;
 
 /// Sequences of up to `length` tokens that are decoded at once; results do not depend on it.
-fn slots(model: &ModelConfig, length: usize) -> usize {
+fn slots(model: &ModelConfig, length: usize, cache_bytes: u64) -> usize {
     let keys = (model.layers * model.kv_width() * size_of::<i16>()) as u64;
     let bytes = 2 * keys * length as u64;
-    (CACHE_BYTES_MAX / bytes.max(1)).clamp(1, SLOTS_MAX as u64) as usize
+    (cache_bytes / bytes.max(1)).clamp(1, SLOTS_MAX as u64) as usize
 }
 
 /// Computes `work`, which fits the decoder's model. `progress` is told tokens processed so far.
@@ -32,6 +43,70 @@ pub async fn execute<E: Engine>(
     engine: &E,
     decoder: &Decoder<E>,
     work: &Work,
+    mut progress: impl FnMut(usize),
+) -> Result<Output, EngineError> {
+    let count = parts(engine, &decoder.config, work);
+    if count < 2 {
+        return whole(engine, decoder, work, CACHE_BYTES_MAX, progress).await;
+    }
+    let items = work.items();
+    let range = |i: usize| i * items / count..(i + 1) * items / count;
+    let total = AtomicUsize::new(0);
+    let part = |lane: &E, i: usize, progress: &mut dyn FnMut(usize)| {
+        let mut told = 0;
+        let report = |tokens: usize| {
+            let before = total.fetch_add(tokens - told, Ordering::Relaxed);
+            progress(before + tokens - told);
+            told = tokens;
+        };
+        let cache = CACHE_BYTES_MAX / count as u64;
+        ready(whole(lane, decoder, &work.slice(range(i)), cache, report))
+    };
+    let own = |lane: &E| part(lane, 0, &mut progress);
+    let outputs = engine.on_lanes(count, own, |lane, i| part(lane, i, &mut |_| ()));
+    progress(total.into_inner());
+    let mut parts = Parts::of(work);
+    for (i, output) in outputs.into_iter().enumerate() {
+        let (range, model) = (range(i), &decoder.config);
+        let supplied = parts.supply(work, range.start, range.len(), output?, model);
+        supplied.expect("an engine's output fits its work");
+    }
+    Ok(parts.into_output())
+}
+
+/// The output of a future that never waits.
+fn ready<T>(future: impl Future<Output = T>) -> T {
+    let mut context = Context::from_waker(Waker::noop());
+    match pin!(future).poll(&mut context) {
+        Poll::Ready(output) => output,
+        Poll::Pending => unreachable!("a lane waits for nothing"),
+    }
+}
+
+/// How many parts of `work` to compute at the same time, each on a lane of its own. The output does
+/// not depend on it.
+fn parts<E: Engine>(engine: &E, model: &ModelConfig, work: &Work) -> usize {
+    let lanes = engine.lanes();
+    let far = model.frozen().parameter_count() > NEAR_PARAMETERS_MAX;
+    let most = match work {
+        Work::Gradient { sequences, .. } => {
+            let rows: usize = sequences.iter().map(|s| s.tokens.len() - 1).sum();
+            let kept = gradient_rows_max(engine, model, KEPT_BYTES_MAX) * kept_row_bytes(model);
+            (LANES_BYTES_MAX / (8 * model.parameter_count() + kept)).min(rows / LANE_ROWS_MIN)
+        }
+        Work::Sample { requests, .. } if far => requests.len() / FAR_REQUESTS_MIN,
+        _ => lanes,
+    };
+    // All threads on each operation of a large model are better than most of them at rest.
+    if far && 2 * most < lanes { 1 } else { most.min(lanes).min(work.items()) }
+}
+
+/// [`execute`] on this engine itself, with so many bytes for keys and values.
+async fn whole<E: Engine>(
+    engine: &E,
+    decoder: &Decoder<E>,
+    work: &Work,
+    cache_bytes: u64,
     mut progress: impl FnMut(usize),
 ) -> Result<Output, EngineError> {
     engine.take_saturations().await?;
@@ -44,7 +119,7 @@ pub async fn execute<E: Engine>(
                 temperature_scale: *temperature_scale,
                 max_new_tokens: *max_new_tokens as usize,
                 end: *end,
-                slots: slots(&decoder.config, longest + *max_new_tokens as usize),
+                slots: slots(&decoder.config, longest + *max_new_tokens as usize, cache_bytes),
             };
             let report = |tokens: usize, _: &[Completion]| {
                 progress(tokens);
@@ -103,7 +178,9 @@ async fn check<E: Engine>(
     let inputs: Vec<Vec<u32>> = requests.iter().zip(claims).map(input).collect();
     let scale = temperature_scale.unwrap_or(UNIT_SCALE);
     let mut done = 0;
-    for range in micro_batches(forward_rows_max(&decoder.config), inputs.iter().map(Vec::len)) {
+    for range in
+        micro_batches(forward_rows_max(engine, &decoder.config), inputs.iter().map(Vec::len))
+    {
         let batch = Batch::sequences(inputs[range.clone()].iter().map(Vec::as_slice));
         let (mut rows, mut draws) = (Vec::new(), Vec::new());
         for (segment, i) in batch.segments.iter().zip(range.clone()) {
@@ -114,7 +191,7 @@ async fn check<E: Engine>(
         }
         let h = states(engine, decoder, &batch);
         let mut sampled = Vec::with_capacity(rows.len());
-        let piece = head_rows_max(&decoder.config);
+        let piece = head_rows_max(engine, &decoder.config);
         for (rows, draws) in rows.chunks(piece).zip(draws.chunks(piece)) {
             let logits = decoder.logits(engine, &engine.rows(&h, rows));
             sampled.extend(engine.sample(&logits, draws, scale).await?);
@@ -138,26 +215,32 @@ fn states<E: Engine>(engine: &E, decoder: &Decoder<E>, batch: &Batch) -> E::Tens
 }
 
 /// Rows of a tensor with `cols` columns.
-fn rows_max(cols: usize) -> usize {
-    (TENSOR_BYTES_MAX / (4 * cols)).clamp(1, MICRO_BATCH_ROWS)
+fn rows_max(engine: &impl Engine, cols: usize) -> usize {
+    (TENSOR_BYTES_MAX / (4 * cols)).clamp(1, engine.rows_max())
 }
 
-/// Rows of a micro-batch.
-fn forward_rows_max(model: &ModelConfig) -> usize {
-    rows_max(model.ffn.max(model.width))
+/// Rows of a micro-batch, unless a single sequence is longer. Sums are integers: how sequences are
+/// cut into micro-batches changes nothing but memory and time.
+fn forward_rows_max(engine: &impl Engine, model: &ModelConfig) -> usize {
+    rows_max(engine, model.ffn.max(model.width))
 }
 
 /// Rows whose logits are looked at together.
-fn head_rows_max(model: &ModelConfig) -> usize {
-    rows_max(model.vocabulary)
+fn head_rows_max(engine: &impl Engine, model: &ModelConfig) -> usize {
+    rows_max(engine, model.vocabulary)
 }
 
-/// Rows of a micro-batch that is differentiated and keeps all that it needs in so many bytes.
-fn gradient_rows_max(model: &ModelConfig, bytes: usize) -> usize {
+/// What a row keeps for the backward pass, in bytes.
+fn kept_row_bytes(model: &ModelConfig) -> usize {
     // Blocks take 2 bytes a value, norms and the inputs of SwiGLU 4.
     let attention = 2 * (2 * model.attention_width() + 2 * model.kv_width());
     let layer = attention + (2 * 2 + 2 * 4) * model.width + (2 + 2 * 4) * model.ffn;
-    (bytes / (layer * model.layers)).clamp(1, forward_rows_max(model))
+    layer * model.layers
+}
+
+/// Rows of a micro-batch that is differentiated and keeps all that it needs in so many bytes.
+fn gradient_rows_max(engine: &impl Engine, model: &ModelConfig, bytes: usize) -> usize {
+    (bytes / kept_row_bytes(model)).clamp(1, forward_rows_max(engine, model))
 }
 
 /// Ranges of sequences whose rows fit a micro-batch.
@@ -196,7 +279,7 @@ pub async fn score<E: Engine>(
     let mut out = Vec::with_capacity(sequences.len());
     let mut done = 0;
     let rows = sequences.iter().map(|(s, _)| s.len() - 1);
-    for range in micro_batches(forward_rows_max(&decoder.config), rows) {
+    for range in micro_batches(forward_rows_max(engine, &decoder.config), rows) {
         let part = &sequences[range];
         let batch = Batch::sequences(part.iter().map(|(s, _)| &s[..s.len() - 1]));
         let (mut rows, mut targets) = (Vec::new(), Vec::new());
@@ -206,7 +289,7 @@ pub async fn score<E: Engine>(
         }
         let h = states(engine, decoder, &batch);
         let mut stats = Vec::with_capacity(rows.len());
-        let piece = head_rows_max(&decoder.config);
+        let piece = head_rows_max(engine, &decoder.config);
         for (rows, targets) in rows.chunks(piece).zip(targets.chunks(piece)) {
             let logits = decoder.logits(engine, &engine.rows(&h, rows));
             stats.extend(engine.stats(&logits, targets, temperature_scale).await?);
@@ -235,7 +318,7 @@ pub async fn accumulate<E: Engine>(
     let mut done = 0;
     let rows = sequences.iter().map(|s| s.as_ref().len() - 1);
     let [rows_max, rows_alone_max] = [KEPT_BYTES_MAX, KEPT_BYTES_ALONE_MAX]
-        .map(|bytes| gradient_rows_max(&decoder.config, bytes));
+        .map(|bytes| gradient_rows_max(engine, &decoder.config, bytes));
     for range in micro_batches(rows_max, rows) {
         let part = &sequences[range.clone()];
         let batch = Batch::sequences(part.iter().map(|s| {
@@ -248,7 +331,7 @@ pub async fn accumulate<E: Engine>(
         let keep = if batch.rows() > rows_alone_max { Keep::Input } else { Keep::All };
         let forward = decoder.forward(engine, &batch, keep);
         let (mut stats, mut dh) = (Vec::with_capacity(batch.rows()), Vec::new());
-        for piece in batch.pieces(head_rows_max(&decoder.config)) {
+        for piece in batch.pieces(head_rows_max(engine, &decoder.config)) {
             let rows = piece.0.clone();
             let head = decoder.head_forward(engine, &forward.states, piece);
             let targets = &targets[rows.clone()];
@@ -263,4 +346,43 @@ pub async fn accumulate<E: Engine>(
         out.extend(by_sequence(stats, batch.segments.iter().map(|s| s.rows).collect()));
     }
     Ok(out)
+}
+
+#[cfg(all(test, feature = "threads"))]
+mod tests {
+    use super::*;
+    use crate::engine::cpu::Cpu;
+    use crate::run::work::Seeded;
+
+    /// Breaks if lanes rest that could work, or if more of them compute than memory has room for.
+    #[test]
+    fn work_is_cut_into_as_many_parts_as_pay() {
+        let cut = |preset: &str, threads: usize, work: &Work| {
+            let model = ModelConfig::preset(preset, 256, 512).expect("a preset");
+            parts(&Cpu::new(model.constants(), threads, None), &model, work)
+        };
+        let gradient = |count: usize, rows: usize| {
+            let tokens = vec![1; rows + 1];
+            let sequence = Seeded { tokens, first: 1, seeds: Vec::new() };
+            Work::Gradient { temperature_scale: UNIT_SCALE, sequences: vec![sequence; count] }
+        };
+        let sample = |count: usize| Work::Sample {
+            seed: 0,
+            temperature_scale: None,
+            max_new_tokens: 9,
+            end: 0,
+            requests: vec![Request { prompt: vec![1], stream: [0; 3] }; count],
+        };
+        assert_eq!(cut("tiny", 1, &sample(64)), 1);
+        assert_eq!(cut("tiny", 4, &sample(64)), 4);
+        assert_eq!(cut("tiny", 4, &sample(3)), 3);
+        assert_eq!(cut("tiny", 4, &gradient(16, 64)), 4);
+        assert_eq!(cut("tiny", 4, &gradient(8, 64)), 2);
+        assert_eq!(cut("tiny", 4, &gradient(1, 400)), 1);
+        // A large model is read by as few as have enough to do, or by all together.
+        assert_eq!(cut("base", 2, &sample(16)), 2);
+        assert_eq!(cut("base", 2, &sample(4)), 1);
+        assert_eq!(cut("base", 8, &sample(16)), 1);
+        assert_eq!(cut("base", 2, &gradient(16, 256)), 1);
+    }
 }

@@ -7,18 +7,18 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use manyhands_core::engine::cpu::Cpu;
 use manyhands_core::engine::gpu::TimedProduct;
-use manyhands_core::engine::{Batch, Engine, SeedRow};
+use manyhands_core::engine::{Batch, Engine};
 use manyhands_core::model::adapter::{Adapter, Projection};
 use manyhands_core::model::config::ModelConfig;
-use manyhands_core::model::decoder::{Decoder, DeviceGradients, Loader};
-use manyhands_core::model::generate::{Request, Sampling, generate};
+use manyhands_core::model::decoder::{Decoder, Loader};
+use manyhands_core::model::generate::Request;
 use manyhands_core::model::init::master_weights;
 use manyhands_core::model::weights::Weights;
-use manyhands_core::run::execute::accumulate;
+use manyhands_core::run::execute::execute;
 use manyhands_shaders::twin::logits::temperature_scale;
 
 use super::memory::status;
-use super::{Row, Table, median, peers};
+use super::{Row, Table, median, peers, training};
 use crate::{engines, tuning};
 
 /// Tokens of the prompt, and of each sequence of a gradient.
@@ -70,20 +70,13 @@ fn decode<E: Engine>(engine: &E, decoder: &Decoder<E>, count: usize, new: usize)
     let prompt = |s: usize| (0..16).map(|i| token(&decoder.config, s + i * 31)).collect();
     let request = |s: usize| Request { prompt: prompt(s), stream: [s as u32, 0, 0] };
     let requests: Vec<Request> = (0..count).map(request).collect();
-    let sampling = Sampling {
-        seed: 1,
-        temperature_scale: Some(temperature_scale(1.0)),
-        max_new_tokens: new + 1,
-        end: u32::MAX,
-        slots: count,
-    };
+    let work = training::samples(requests, new + 1);
     let mut first = None;
     // The first token of each comes with the prompts.
-    let report = |_: usize, _: &[_]| {
+    let report = |_| {
         first.get_or_insert_with(Instant::now);
-        true
     };
-    pollster::block_on(generate(engine, decoder, &requests, &sampling, report))?;
+    pollster::block_on(execute(engine, decoder, &work, report))?;
     Ok(first.context("nothing was decoded")?.elapsed().as_secs_f64())
 }
 
@@ -91,16 +84,9 @@ fn decode<E: Engine>(engine: &E, decoder: &Decoder<E>, count: usize, new: usize)
 fn gradient<E: Engine>(engine: &E, decoder: &Decoder<E>) -> Result<f64> {
     let token = |s: usize, i: usize| token(&decoder.config, s * 31 + i);
     let sequence = |s: usize| (0..=LENGTH).map(|i| token(s, i)).collect();
-    let sequences: Vec<Vec<u32>> = (0..SEQUENCES).map(sequence).collect();
-    let seed = |t: &u32| SeedRow { target: *t, weight: 1 << 16, ..Default::default() };
-    let seeds: Vec<Vec<SeedRow>> =
-        sequences.iter().map(|s| s[1..].iter().map(seed).collect()).collect();
+    let work = training::cross_entropy((0..SEQUENCES).map(sequence));
     let started = Instant::now();
-    let mut grads = DeviceGradients::zeros(engine, &decoder.config);
-    let scale = temperature_scale(1.0);
-    let work = accumulate(engine, decoder, &sequences, &seeds, scale, &mut grads, |_| ());
-    pollster::block_on(work)?;
-    pollster::block_on(grads.view(engine))?;
+    pollster::block_on(execute(engine, decoder, &work, |_| ()))?;
     Ok(started.elapsed().as_secs_f64())
 }
 

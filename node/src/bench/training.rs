@@ -3,17 +3,18 @@
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use manyhands_core::engine::Engine;
 use manyhands_core::engine::cpu::Cpu;
-use manyhands_core::engine::{Engine, SeedRow};
 use manyhands_core::learn::optimizer::{AdamW, AdamWConfig, TensorState};
 use manyhands_core::learn::weights::GradientScale;
 use manyhands_core::model::config::ModelConfig;
-use manyhands_core::model::decoder::{Decoder, DeviceGradients};
-use manyhands_core::model::generate::{Request, Sampling, generate};
+use manyhands_core::model::decoder::Decoder;
+use manyhands_core::model::generate::Request;
 use manyhands_core::model::init::master_weights;
 use manyhands_core::model::weights::{Weights, shapes};
-use manyhands_core::run::execute::{accumulate, score};
+use manyhands_core::run::execute::execute;
+use manyhands_core::run::work::{Scored, Seed, Seeded, Values, Work};
 use manyhands_shaders::twin::logits::temperature_scale;
 
 use super::{Row, Table, median, peers};
@@ -52,6 +53,28 @@ impl Workload {
     }
 }
 
+/// The gradient of cross-entropy on every token but the first.
+pub(super) fn cross_entropy(sequences: impl Iterator<Item = Vec<u32>>) -> Work {
+    let seed = Seed { weight: 1 << 16, ..Default::default() };
+    let seeded =
+        |tokens: Vec<u32>| Seeded { first: 1, seeds: vec![seed; tokens.len() - 1], tokens };
+    Work::Gradient {
+        temperature_scale: temperature_scale(1.0),
+        sequences: sequences.map(seeded).collect(),
+    }
+}
+
+/// `new` tokens of every request, whatever they are.
+pub(super) fn samples(requests: Vec<Request>, new: usize) -> Work {
+    Work::Sample {
+        seed: 1,
+        temperature_scale: Some(temperature_scale(1.0)),
+        max_new_tokens: new as u32,
+        end: u32::MAX,
+        requests,
+    }
+}
+
 /// A training loop: the same work as `peers/torch_step.py`.
 pub(super) struct Loop<'e, E: Engine> {
     engine: &'e E,
@@ -75,21 +98,16 @@ impl<'e, E: Engine> Loop<'e, E> {
     pub(super) fn step(&mut self) -> Result<()> {
         let sequences = self.workload.sequences(self.steps);
         self.steps += 1;
-        let seed = |t: &u32| SeedRow { target: *t, weight: 1 << 16, ..Default::default() };
-        let seeds: Vec<Vec<SeedRow>> =
-            sequences.iter().map(|s| s[1..].iter().map(seed).collect()).collect();
-        let mut grads = DeviceGradients::zeros(self.engine, &self.workload.model);
-        let (engine, decoder, scale) = (self.engine, &self.decoder, temperature_scale(1.0));
-        let work = accumulate(engine, decoder, &sequences, &seeds, scale, &mut grads, |_| ());
-        pollster::block_on(work)?;
-        let grads = pollster::block_on(grads.view(engine))?;
-        let slices: Vec<&[i64]> = grads.iter().map(AsRef::as_ref).collect();
+        let work = cross_entropy(sequences.into_iter());
+        let output = pollster::block_on(execute(self.engine, &self.decoder, &work, |_| ()))?;
+        let Values::Gradient(_, grads) = output.values else { bail!("not a gradient") };
+        let slices: Vec<&[i64]> = grads.0.iter().map(AsRef::as_ref).collect();
         let config = AdamWConfig { learning_rate: 3e-4, ..Default::default() };
         let divisor = self.workload.tokens() as f64;
         self.optimizer.step(&config, GradientScale { loss_scale_log2: 0, divisor }, &slices)?;
         let master: Vec<&[f32]> =
             self.optimizer.tensors.iter().map(|t| t.master.as_slice()).collect();
-        self.decoder = Decoder::new(engine, &Weights::quantize(&self.workload.model, &master));
+        self.decoder = Decoder::new(self.engine, &Weights::quantize(&self.workload.model, &master));
         Ok(())
     }
 
@@ -173,18 +191,11 @@ pub(super) fn decode(table: &mut Table, threads: &[usize], rounds: usize) -> Res
             let decoder = Decoder::new(&engine, &weights);
             let request = |i: usize| Request { prompt: vec![5; 16], stream: [i as u32, 0, 0] };
             let requests: Vec<Request> = (0..SEQUENCES).map(request).collect();
-            let sampling = Sampling {
-                seed: 1,
-                temperature_scale: Some(temperature_scale(1.0)),
-                max_new_tokens: NEW,
-                end: u32::MAX,
-                slots: SEQUENCES,
-            };
+            let work = samples(requests, NEW);
             let mut times = Vec::new();
             for _ in 0..=rounds {
                 let started = Instant::now();
-                let work = generate(&engine, &decoder, &requests, &sampling, |_, _| true);
-                pollster::block_on(work)?;
+                pollster::block_on(execute(&engine, &decoder, &work, |_| ()))?;
                 times.push(started.elapsed().as_secs_f64());
             }
             times.remove(0);
@@ -235,17 +246,10 @@ pub(super) fn wgpu(table: &mut Table) -> Result<()> {
 
         let request = |i: usize| Request { prompt: vec![5; 16], stream: [i as u32, 0, 0] };
         let requests: Vec<Request> = (0..SEQUENCES).map(request).collect();
-        let sampling = Sampling {
-            seed: 1,
-            temperature_scale: Some(temperature_scale(1.0)),
-            max_new_tokens: NEW,
-            end: u32::MAX,
-            slots: SEQUENCES,
-        };
+        let work = samples(requests, NEW);
         let run = || -> Result<(f64, u64)> {
             let (before, started) = (engine.dispatch_count(), Instant::now());
-            let work = generate(&engine, &training.decoder, &requests, &sampling, |_, _| true);
-            pollster::block_on(work)?;
+            pollster::block_on(execute(&engine, &training.decoder, &work, |_| ()))?;
             Ok((started.elapsed().as_secs_f64(), engine.dispatch_count() - before))
         };
         run()?;
@@ -277,14 +281,13 @@ pub(super) fn scale(table: &mut Table, threads: usize) -> Result<()> {
         let mut training = Loop::new(&engine, workload);
         let repeats = if workload.model.parameter_count() > 20_000_000 { 1 } else { 3 };
         let train = training.median(repeats)?;
-        let sequences = workload.sequences(0);
+        let scored = |tokens| Scored { tokens, first: 1 };
+        let sequences = workload.sequences(0).into_iter().map(scored).collect();
+        let work = Work::Score { temperature_scale: temperature_scale(1.0), sequences };
         let mut times = Vec::new();
         for _ in 0..repeats {
             let started = Instant::now();
-            let items: Vec<(&[u32], usize)> = sequences.iter().map(|s| (&s[..], 1)).collect();
-            let scale = temperature_scale(1.0);
-            let work = score(&engine, &training.decoder, &items, scale, |_| ());
-            pollster::block_on(work)?;
+            pollster::block_on(execute(&engine, &training.decoder, &work, |_| ()))?;
             times.push(started.elapsed().as_secs_f64());
         }
         let score_s = median(times);

@@ -5,6 +5,7 @@
 //! each variant of the CPU engine, and the records are compared. Blocks, norms, queries and caches
 //! are seen through the operations that read them.
 
+mod lanes;
 mod models;
 mod operations;
 
@@ -89,7 +90,7 @@ fn read<E: Engine>(e: &E, record: &mut Record, name: &str, x: &E::Tensor) {
 }
 
 fn read_gradient<E: Engine>(e: &E, record: &mut Record, name: &str, x: &E::Gradient) {
-    record.push((name.into(), block_on(e.read_gradient(x)).expect("read").into_owned()));
+    record.push((name.into(), block_on(e.read_gradient(x)).expect("read")));
 }
 
 fn read_saturations<E: Engine>(e: &E, record: &mut Record, name: &str) {

@@ -11,14 +11,15 @@ use pollster::block_on;
 
 use super::{Program, Random, Record, batch, check, compare, config, read, read_saturations};
 
-fn model(config: &ModelConfig, seed: u64) -> Weights {
+/// Random weights; at a scale of 1 activations stay in range.
+pub(crate) fn model(config: &ModelConfig, seed: u64, scale: f32) -> Weights {
     let mut r = Random(seed);
     let master: Vec<Vec<f32>> = shapes(config)
         .iter()
         .map(|s| {
-            let scale = if s.rows == 1 { 0.2 } else { 2.0 / (s.cols as f32).sqrt() };
+            let spread = if s.rows == 1 { 0.2 } else { 2.0 * scale / (s.cols as f32).sqrt() };
             let offset = if s.rows == 1 { 1.0 } else { 0.0 };
-            let value = |_| offset + r.integer(16) as f32 / 65536.0 * scale;
+            let value = |_| offset + r.integer(16) as f32 / 65536.0 * spread;
             (0..s.rows * s.cols).map(value).collect()
         })
         .collect();
@@ -80,7 +81,7 @@ fn cpu_engine_training_step_equals_the_twin() {
     .into_iter()
     .enumerate()
     {
-        let weights = model(&config, 7 + i as u64);
+        let weights = model(&config, 7 + i as u64, 1.0);
         let batch = batch(&lengths, config.vocabulary, &mut Random(40 + i as u64));
         let step = Step { weights: &weights, batch, scale: temperature_scale(1.0) };
         let record = check(&format!("step {i}"), &config.constants(), &step);
@@ -112,7 +113,7 @@ fn cpu_engine_reproduces_the_oracle() {
 #[test]
 fn cpu_engine_decoding_through_caches_equals_the_full_forward() {
     let config = config(64, 4, 2, 16, 96, 50, 2);
-    let weights = model(&config, 3);
+    let weights = model(&config, 3, 1.0);
     let whole = batch(&[75, 40, 66], config.vocabulary, &mut Random(9));
     for path in Path::available() {
         for threads in [1, 2] {
@@ -156,7 +157,7 @@ fn cpu_engine_decoding_through_caches_equals_the_full_forward() {
 #[test]
 fn cpu_engine_batches_are_sums_of_their_sequences() {
     let config = config(64, 4, 2, 16, 96, 50, 2);
-    let weights = model(&config, 5);
+    let weights = model(&config, 5, 1.0);
     let whole = batch(&[33, 64, 1, 45], config.vocabulary, &mut Random(11));
     let scale = temperature_scale(1.0);
     for path in Path::available() {

@@ -134,7 +134,7 @@ impl Trace {
 
     /// Keeps a gradient.
     pub(crate) async fn gradient<E: Engine>(&mut self, e: &E, name: &str, x: &E::Gradient) {
-        self.0.push((name.into(), e.read_gradient(x).await.expect("read").into_owned()));
+        self.0.push((name.into(), e.read_gradient(x).await.expect("read")));
     }
 
     /// Keeps and clears the saturation counts.

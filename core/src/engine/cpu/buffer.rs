@@ -27,7 +27,6 @@ impl Plain for i8 {}
 impl Plain for i16 {}
 impl Plain for i32 {}
 impl Plain for u32 {}
-impl Plain for i64 {}
 
 /// A slice on cache lines that returns to its pool when dropped.
 pub struct Buffer<T> {
@@ -43,10 +42,12 @@ impl Pool {
         let need = (len * size_of::<T>()).div_ceil(64);
         let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let fits = |n: usize| n >= need && n <= need + need / 2 + 64;
+        // The last one dropped of its length: it may still be in the cache.
         let best = (0..waiting.len())
+            .rev()
             .filter(|&i| fits(waiting[i].len()))
             .min_by_key(|&i| waiting[i].len());
-        let found = best.map(|i| waiting.swap_remove(i));
+        let found = best.map(|i| waiting.remove(i));
         drop(waiting);
         let lines = found.unwrap_or_else(|| vec![Line([0; 64]); need]);
         Buffer { lines, len, pool: Some(self.clone()), plain: PhantomData }

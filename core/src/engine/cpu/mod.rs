@@ -30,7 +30,6 @@ mod tables;
 mod weight_gradient;
 mod workers;
 
-use std::borrow::Cow;
 use std::sync::Arc;
 
 use manyhands_shaders::bfp::{ACTIVATION_BITS, WEIGHT_BITS};
@@ -44,6 +43,7 @@ pub use operands::{Panels, Weight};
 pub use path::Path;
 pub(crate) use path::simd;
 
+use crate::parallel::Share;
 use buffer::Pool;
 use gemm::{Output, matmul};
 use weight_gradient::TokenBlocks;
@@ -56,6 +56,8 @@ pub struct Cpu {
     workers: Workers,
     pool: Arc<Pool>,
     tally: Tally,
+    /// One a thread, if there are several.
+    lanes: Vec<Self>,
 }
 
 /// A tensor (N, C).
@@ -73,7 +75,7 @@ impl Tensor {
 
 /// A gradient (R, C).
 pub struct Gradient {
-    data: Buffer<i64>,
+    data: Vec<i64>,
 }
 
 impl Cpu {
@@ -85,10 +87,14 @@ impl Cpu {
     pub fn new(constants: Constants, threads: usize, path: Option<Path>) -> Self {
         let path = path.unwrap_or_else(Path::best);
         assert!(path.is_available(), "this machine has no {path} instructions");
+        let workers = Workers::new(threads);
+        let lanes = if workers.threads() == 1 { 0 } else { workers.threads() };
+        let lane = |_| Self::new(constants.clone(), 1, Some(path));
         Self {
+            lanes: (0..lanes).map(lane).collect(),
             constants,
             path,
-            workers: Workers::new(threads),
+            workers,
             pool: Arc::default(),
             tally: Tally::default(),
         }
@@ -149,9 +155,7 @@ impl Engine for Cpu {
     }
 
     fn gradient(&self, rows: usize, cols: usize) -> Gradient {
-        let mut data = self.pool.take(rows * cols);
-        data.fill(0);
-        Gradient { data }
+        Gradient { data: vec![0; rows * cols] }
     }
 
     fn blocks(&self, x: &Tensor) -> Panels {
@@ -289,8 +293,12 @@ impl Engine for Cpu {
         Ok(x.data.to_vec())
     }
 
-    async fn read_gradient<'a>(&self, grad: &'a Gradient) -> Result<Cow<'a, [i64]>, EngineError> {
-        Ok(Cow::Borrowed(&grad.data))
+    async fn read_gradient(&self, grad: &Gradient) -> Result<Vec<i64>, EngineError> {
+        Ok(grad.data.clone())
+    }
+
+    async fn take_gradient(&self, grad: Gradient) -> Result<Vec<i64>, EngineError> {
+        Ok(grad.data)
     }
 
     fn count_saturations(&self, on: bool) {
@@ -299,5 +307,25 @@ impl Engine for Cpu {
 
     async fn take_saturations(&self) -> Result<Saturations, EngineError> {
         Ok(self.tally.take())
+    }
+
+    /// Tensors of so many rows stay near. Wide models have large sums of gradients, which every
+    /// micro-batch reads and writes.
+    fn rows_max(&self) -> usize {
+        if self.constants.norm.width > 128 { 1024 } else { 512 }
+    }
+
+    fn lanes(&self) -> usize {
+        self.lanes.len().max(1)
+    }
+
+    fn on_lanes<R: Share>(
+        &self,
+        count: usize,
+        own: impl FnOnce(&Self) -> R,
+        other: impl Fn(&Self, usize) -> R + Share,
+    ) -> Vec<R> {
+        let lane = |i: usize| self.lanes.get(i).unwrap_or(self);
+        self.workers.beside(count, || own(lane(0)), |i| other(lane(i), i))
     }
 }

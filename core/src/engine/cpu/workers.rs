@@ -8,6 +8,7 @@
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
+use crate::parallel::Share;
 use manyhands_shaders::twin::{SITE_COUNT, Saturations, Site};
 
 /// Work below this many nanoseconds is not worth waking a thread.
@@ -72,6 +73,30 @@ impl Workers {
         for i in 0..count {
             f(i);
         }
+    }
+
+    /// Calls `own` in this thread and `other` with every index from 1 to below `count`, at the same
+    /// time where there are threads; results in that order.
+    pub(crate) fn beside<R: Share>(
+        &self,
+        count: usize,
+        own: impl FnOnce() -> R,
+        other: impl Fn(usize) -> R + Share,
+    ) -> Vec<R> {
+        #[cfg(feature = "threads")]
+        if let Some(pool) = &self.pool {
+            let mut out: Vec<Option<R>> = (0..count).map(|_| None).collect();
+            pool.in_place_scope(|scope| {
+                let (first, others) = out.split_at_mut(1);
+                for (i, to) in others.iter_mut().enumerate() {
+                    let other = &other;
+                    scope.spawn(move |_| *to = Some(other(i + 1)));
+                }
+                first[0] = Some(own());
+            });
+            return out.into_iter().flatten().collect();
+        }
+        std::iter::once(own()).chain((1..count).map(other)).collect()
     }
 
     /// Splits `0..total` into ranges of whole `grain`s, a few a thread, and calls `f` with each.

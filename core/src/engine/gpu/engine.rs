@@ -1,6 +1,5 @@
 //! The trait's operations as dispatches.
 
-use std::borrow::Cow;
 use std::ops::Range;
 
 use manyhands_shaders::bfp::BLOCK;
@@ -356,7 +355,7 @@ impl Engine for Gpu {
         Ok(words.into_iter().map(u32::cast_signed).collect())
     }
 
-    async fn read_gradient<'a>(&self, grad: &'a Gradient) -> Result<Cow<'a, [i64]>, EngineError> {
+    async fn read_gradient(&self, grad: &Gradient) -> Result<Vec<i64>, EngineError> {
         let count = grad.rows * grad.cols;
         let low = self.recorder.read_words(&grad.low, count).await?;
         let high = self.recorder.read_words(&grad.high, count).await?;

@@ -1,7 +1,5 @@
 //! Where the gradient of every parameter is summed.
 
-use std::borrow::Cow;
-
 use crate::engine::{Engine, EngineError};
 use crate::model::adapter::PROJECTIONS;
 use crate::model::config::ModelConfig;
@@ -65,18 +63,12 @@ impl<E: Engine> DeviceGradients<E> {
         AllSlots { embedding, layers, final_norm: next.next(), head: next.next() }
     }
 
-    /// Reads the sums in the canonical order.
-    pub async fn read(&self, engine: &E) -> Result<Gradients, EngineError> {
-        let sums = self.view(engine).await?;
-        Ok(Gradients(sums.into_iter().map(Cow::into_owned).collect()))
-    }
-
-    /// As [`Self::read`], without a copy where the engine's memory is this one.
-    pub async fn view(&self, engine: &E) -> Result<Vec<Cow<'_, [i64]>>, EngineError> {
-        let mut out = Vec::new();
-        for gradient in &self.all {
-            out.push(engine.read_gradient(gradient).await?);
+    /// The sums in the canonical order.
+    pub async fn read(self, engine: &E) -> Result<Gradients, EngineError> {
+        let mut out = Vec::with_capacity(self.all.len());
+        for gradient in self.all {
+            out.push(engine.take_gradient(gradient).await?);
         }
-        Ok(out)
+        Ok(Gradients(out))
     }
 }
