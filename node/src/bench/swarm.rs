@@ -25,10 +25,10 @@ context = 96
 family = "spell_backward"
 level = 4
 [sft]
-steps = 16
+steps = 32
 batch = 3072
 [rl]
-steps = 8
+steps = 16
 prompts = 192
 group_size = 16
 max_new_tokens = 64
@@ -67,12 +67,12 @@ pub(super) fn run(table: &mut Table, threads: usize) -> Result<()> {
     let audits = 100.0 * audits.unwrap_or(0.0);
     let row = |engine: &str, seconds: f64, ratio, note: String| Row {
         name: "swarm".into(),
-        shape: "micro, 16 SFT and 8 RL steps".into(),
+        shape: "micro, 32 SFT and 16 RL steps".into(),
         threads,
         engine: engine.into(),
         adapter: String::new(),
         median_s: seconds,
-        rate: 24.0 / seconds,
+        rate: 48.0 / seconds,
         unit: "steps/s",
         ratio,
         note,

@@ -135,7 +135,9 @@ fn quantize(x: &[i32], bits: u32, m: &mut [i16]) -> (i32, i32) {
     for v in x {
         any |= v.unsigned_abs();
     }
-    m[x.len()..].fill(0);
+    if x.len() < m.len() {
+        m[x.len()..].fill(0);
+    }
     if any == 0 {
         m.fill(0);
         return (0, ZERO_EXPONENT);

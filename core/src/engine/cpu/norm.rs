@@ -13,7 +13,7 @@ use super::buffer::Buffer;
 use super::kernel::{PANEL, PANEL_BLOCK, PANEL_EXPONENTS};
 use super::operands::Panels;
 use super::path::simd;
-use super::quantize::{self, whole};
+use super::quantize::{self, put, whole};
 use super::scalar::{could_clamp, mulsh, mulsh_pair, mulsh_wide, pairs, sat, unpairs};
 use super::workers::Shared;
 use super::{Cpu, Tensor};
@@ -90,7 +90,7 @@ simd! {
                         out[j] = mulsh(u[j], gain[j], 12, &mut count);
                     }
                 }
-                unit.copy_from_slice(&u[..unit.len()]);
+                put(unit, &u);
                 let m = &mut mantissas[b * PANEL_BLOCK + i * BLOCK..][..BLOCK];
                 if let Ok(m) = m.try_into() {
                     let e = quantize::block(&out, -ACTIVATION_FRACTION, ACTIVATION_BITS, m);

@@ -50,6 +50,15 @@ pub(super) fn whole(x: &[i32]) -> [i32; BLOCK] {
     }
 }
 
+/// The first values of a block, as many as there is room for.
+#[inline(always)]
+pub(super) fn put(to: &mut [i32], x: &[i32; BLOCK]) {
+    match to.first_chunk_mut() {
+        Some(to) => *to = *x,
+        None => to.copy_from_slice(&x[..to.len()]),
+    }
+}
+
 /// Quantises one row into its place in a panel: `mantissas` and `exponents` start at the row.
 #[inline(always)]
 pub(super) fn row(

@@ -7,7 +7,7 @@ use manyhands_shaders::twin::{ACTIVATION_FRACTION, Site};
 use super::kernel::{PANEL, PANEL_BLOCK, PANEL_EXPONENTS};
 use super::operands::Panels;
 use super::path::simd;
-use super::quantize::{self, whole};
+use super::quantize::{self, put, whole};
 use super::scalar::{add_pair, could_clamp, mulsh, mulsh_pair, pairs, unpairs};
 use super::tables::sigmoid;
 use super::workers::Shared;
@@ -106,8 +106,8 @@ simd! {
                     y[j] = mulsh(da[j], silu, 16, &mut count);
                 }
             }
-            d_gate.copy_from_slice(&x[..d_gate.len()]);
-            d_up.copy_from_slice(&y[..d_up.len()]);
+            put(d_gate, &x);
+            put(d_up, &y);
         }
         count.cast_unsigned()
     }

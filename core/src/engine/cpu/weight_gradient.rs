@@ -18,7 +18,7 @@ use super::kernel::{
     ZERO_EXPONENT, bias, fast_limit, run,
 };
 use super::operands::Panels;
-use super::pack::{GROUP, Strip, ZERO_FIELD, pair, scatter, strip};
+use super::pack::{GROUP, Strip, ZERO_FIELD, scatter, strip};
 use super::path::simd;
 use super::workers::Shared;
 use super::{Cpu, Tensor};
@@ -109,7 +109,7 @@ simd! {
 simd! {
     /// Requantises 32 channels of a token block of blocks: `lines` are mantissas of 32 channels,
     /// `e` their exponents as kernels store them. Returns the largest exponent.
-    fn requantize(lines: &[&[i16; BLOCK]], e: &[i32], out: &mut Strip, exponents: &mut [i32]) -> i32 {
+    fn requantize(lines: &[&[i16; BLOCK]], e: &[i32], out: &mut [i16], exponents: &mut [i32]) -> i32 {
         // Rounds by an addition: the product by a power of two is exact and below 2^11.
         const MAGIC: f32 = 12_582_912.0;
         const BITS: i32 = ACTIVATION_BITS as i32;
@@ -137,11 +137,11 @@ simd! {
             (t - MAGIC.to_bits().cast_signed()).clamp(-MAX, MAX)
         };
         let zeros = &[0; BLOCK];
-        for (p, out) in out.iter_mut().enumerate() {
+        for (p, out) in out.as_chunks_mut::<2>().0.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
             let line = |r: usize| if r < lines.len() { (lines[r], e[r]) } else { (zeros, ZERO_EXPONENT) };
             let ((x0, e0), (x1, e1)) = (line(2 * p), line(2 * p + 1));
             for c in 0..TILE {
-                out[c] = pair(quantize(x0[c], e0, c), quantize(x1[c], e1, c));
+                out[c] = [quantize(x0[c], e0, c) as i16, quantize(x1[c], e1, c) as i16];
             }
         }
         max
@@ -194,7 +194,6 @@ pub(super) fn pack_x(cpu: &Cpu, x: &Panels, tokens: &TokenBlocks) -> AlongTokens
     let (m, e) = (Shared::new(&mut out.mantissas), Shared::new(&mut out.exponents));
     let max = Shared::new(&mut out.block_max);
     cpu.workers.ranges(n, 1, n * TILE_BLOCK / 2, |range| {
-        let mut strip: Strip = [[0; TILE]; BLOCK / 2];
         for i in range {
             let (tile, token) = (i / blocks, tokens.blocks[i % blocks]);
             let mut lines = [&[0; BLOCK]; BLOCK];
@@ -211,10 +210,7 @@ pub(super) fn pack_x(cpu: &Cpu, x: &Panels, tokens: &TokenBlocks) -> AlongTokens
                 (m.part(i * TILE_BLOCK, TILE_BLOCK), e.part(i * TILE, TILE), max.part(i, 1))
             };
             let lines = &lines[..token.rows];
-            max[0] = requantize(cpu.path, lines, &exponents[..token.rows], &mut strip, e);
-            for (to, x) in m.as_chunks_mut::<2>().0.iter_mut().zip(strip.as_flattened()) {
-                *to = [*x as i16, (*x >> 16) as i16];
-            }
+            max[0] = requantize(cpu.path, lines, &exponents[..token.rows], m, e);
         }
     });
     out
