@@ -51,7 +51,7 @@ use workers::{Tally, Workers};
 
 /// The CPU engine.
 pub struct Cpu {
-    constants: Constants,
+    constants: Arc<Constants>,
     path: Path,
     workers: Workers,
     pool: Arc<Pool>,
@@ -87,17 +87,15 @@ impl Cpu {
     pub fn new(constants: Constants, threads: usize, path: Option<Path>) -> Self {
         let path = path.unwrap_or_else(Path::best);
         assert!(path.is_available(), "this machine has no {path} instructions");
-        let workers = Workers::new(threads);
+        let (constants, workers) = (Arc::new(constants), Workers::new(threads));
         let lanes = if workers.threads() == 1 { 0 } else { workers.threads() };
-        let lane = |_| Self::new(constants.clone(), 1, Some(path));
-        Self {
-            lanes: (0..lanes).map(lane).collect(),
-            constants,
-            path,
-            workers,
-            pool: Arc::default(),
-            tally: Tally::default(),
-        }
+        let lane = |_| Self::of(constants.clone(), path, Workers::new(1), Vec::new());
+        let lanes = (0..lanes).map(lane).collect();
+        Self::of(constants, path, workers, lanes)
+    }
+
+    fn of(constants: Arc<Constants>, path: Path, workers: Workers, lanes: Vec<Self>) -> Self {
+        Self { constants, path, workers, pool: Arc::default(), tally: Tally::default(), lanes }
     }
 
     /// The instructions in use.
