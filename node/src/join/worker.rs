@@ -10,7 +10,8 @@ use manyhands_core::model::config::ModelConfig;
 use manyhands_core::model::decoder::{Decoder, Loader};
 use manyhands_core::model::init::master_weights;
 use manyhands_core::model::weights::Weights;
-use manyhands_core::run::execute::{execute, score};
+use manyhands_core::run::execute::execute;
+use manyhands_core::run::work::{Scored, Work};
 use manyhands_core::swarm::ids::Hash;
 use manyhands_core::swarm::unit::{Unit, encode_output};
 use manyhands_core::swarm::volunteer::Event;
@@ -83,14 +84,14 @@ pub(super) fn start(
     Ok((send, description, speed))
 }
 
-/// Speed of a forward pass.
+/// Speed of a forward pass, computed as units are.
 fn measure<E: Engine>(engine: &E, model: &ModelConfig) -> Result<f64> {
     let weights = Weights::quantize(model, &master_weights(model, 0));
     let decoder = Decoder::new(engine, &weights);
     let tokens: Vec<u32> = (0..64).map(|i| i % 100 + 3).collect();
-    let items: Vec<(&[u32], usize)> = (0..16).map(|_| (tokens.as_slice(), 1)).collect();
-    let run =
-        || pollster::block_on(score(engine, &decoder, &items, temperature_scale(1.0), |_| ()));
+    let sequences = vec![Scored { tokens, first: 1 }; 16];
+    let work = Work::Score { temperature_scale: temperature_scale(1.0), sequences };
+    let run = || pollster::block_on(execute(engine, &decoder, &work, |_| ()));
     run()?;
     let started = Instant::now();
     run()?;

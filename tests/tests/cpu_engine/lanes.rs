@@ -16,7 +16,7 @@ use super::{Random, config};
 const SEQUENCES: usize = 17;
 const LENGTH: usize = 70;
 
-/// Sampling, its check, scores and a gradient, of unlike sequences.
+/// Sampling, scores and a gradient, of unlike sequences.
 fn works(r: &mut Random, vocabulary: usize) -> [Work; 3] {
     let scale = temperature_scale(1.0);
     let mut tokens =
@@ -65,7 +65,7 @@ fn run(engine: &Cpu, decoder: &Decoder<Cpu>, work: &Work) -> (Output, usize) {
 #[test]
 fn lanes_give_the_same_output_as_one_engine() {
     let config = config(64, 2, 1, 32, 96, 48, 2);
-    // Everything clamps somewhere.
+    // With weights that large everything clamps somewhere.
     for (seed, scale) in [(1, 1.0), (2, 4000.0)] {
         let weights = model(&config, seed, scale);
         let [one, three] = [1, 3].map(|threads| Cpu::new(config.constants(), threads, None));
