@@ -26,6 +26,7 @@ pub trait Plain: Copy + 'static {}
 impl Plain for i8 {}
 impl Plain for i16 {}
 impl Plain for i32 {}
+impl Plain for u16 {}
 impl Plain for u32 {}
 
 /// A slice on cache lines that returns to its pool when dropped.

@@ -3,11 +3,12 @@
 
 use manyhands_shaders::twin::{ACTIVATION_FRACTION, GRADIENT_FRACTION, Site};
 
+use super::Cpu;
 use super::kernel::{Count, Job, Kind, PANEL, TILE, bias, fast_limit, run};
 use super::operands::{Packed, Panels};
-use super::path::{Path, simd};
+use super::path::simd;
 use super::scalar::sat;
-use super::workers::{Shared, Tally, Workers};
+use super::workers::Shared;
 
 /// What to do with a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,11 +40,78 @@ simd! {
 /// Nanoseconds, about, of 6 rows by 32 columns by 32 terms on the fastest path.
 pub(super) const PANEL_BLOCK_NS: usize = 60;
 
+/// A product in the making.
+pub(super) struct Product<'a> {
+    cpu: &'a Cpu,
+    /// (R, K).
+    pub(super) a: &'a Panels,
+    b: &'a Packed,
+    /// Columns of the output.
+    pub(super) cols: usize,
+    f: i32,
+    count: Count,
+    limit: i32,
+    /// (R, `cols`).
+    pub(super) out: Shared<'a, i32>,
+    pub(super) output: Output,
+}
+
+impl Product<'_> {
+    /// Nanoseconds, about.
+    pub(super) fn cost(&self) -> usize {
+        self.a.rows * self.b.tiles * self.a.blocks * PANEL_BLOCK_NS / PANEL
+    }
+
+    /// One panel of rows by one tile of columns; `events` counts terms and residuals.
+    pub(super) fn panel(&self, panel: usize, tile: usize, events: &mut (u64, u64)) {
+        let Self { cpu, a, b, cols, .. } = *self;
+        let mut scratch = [0_i32; PANEL * TILE];
+        let width = TILE.min(cols - tile * TILE);
+        let rows = PANEL.min(a.rows - panel * PANEL);
+        let direct = self.output == Output::Store && width == TILE;
+        let to = panel * PANEL * cols + tile * TILE;
+        // SAFETY: each (panel, tile) is written by one index only. Only its own 32 columns
+        // are touched of the rows that the part spans, and no reference to it is kept.
+        let (out, stride) = if direct {
+            (unsafe { self.out.pointer(to, (rows - 1) * cols + TILE) }, cols)
+        } else {
+            (scratch.as_mut_ptr(), TILE)
+        };
+        let job = Job {
+            a: a.mantissas[panel * a.panel_len()..].as_ptr(),
+            a_exponents: a.exponents[panel * a.panel_exponents()..].as_ptr(),
+            b: b.mantissas[tile * b.blocks * TILE * 32..].as_ptr(),
+            b_exponents: b.exponents[tile * b.blocks..].as_ptr(),
+            b_stride: 1,
+            b_max: std::ptr::null(),
+            b_max_stride: 0,
+            blocks: a.blocks,
+            bias: bias(self.f),
+            limit: self.limit,
+            count: &raw const self.count,
+            out,
+            stride,
+        };
+        // SAFETY: operands hold `blocks` blocks of this panel and tile; `out` as above.
+        events.0 += unsafe { run(cpu.path, Kind::Lines, rows, &job) };
+        if direct {
+            return;
+        }
+        for r in 0..rows {
+            // SAFETY: as above; the parts of a row are this tile's columns only.
+            let row = unsafe { self.out.part(to + r * cols, width) };
+            let from = &scratch[r * TILE..r * TILE + width];
+            match self.output {
+                Output::Store => row.copy_from_slice(from),
+                Output::Add => events.1 += add_saturating(cpu.path, row, from),
+            }
+        }
+    }
+}
+
 /// `out` (R, `cols`) from `a` (R, K) and `b` (K, N), in `FX(f)`.
 pub(super) fn matmul(
-    path: Path,
-    workers: &Workers,
-    tally: &Tally,
+    cpu: &Cpu,
     a: &Panels,
     b: &Packed,
     cols: usize,
@@ -54,72 +122,31 @@ pub(super) fn matmul(
     assert_eq!(a.blocks, b.blocks, "operands differ in the contraction");
     assert!(out.len() == a.rows * cols && cols <= b.tiles * TILE, "output of another shape");
     debug_assert!(f == ACTIVATION_FRACTION || f == GRADIENT_FRACTION);
+    let (count, limit) = (Count::all(a.blocks), fast_limit(cpu.path, a.blocks));
+    let product = Product { cpu, a, b, cols, f, count, limit, out: Shared::new(out), output };
+    #[cfg(target_arch = "x86_64")]
+    if super::amx::pays(cpu.path, a.rows) {
+        return super::amx::matmul(cpu, &product, b, f);
+    }
     let panels = a.rows.div_ceil(PANEL);
     let near = b.mantissas.len() * 2 <= FAR;
     let bytes = if near { NEAR_BYTES } else { FAR_BYTES };
     let group = (bytes / (a.panel_len() * 2).max(1)).clamp(2, 64);
     let groups = panels.div_ceil(group);
     // With few groups the tiles are split as well, so that every thread finds work.
-    let splits = if workers.threads() == 1 {
-        1
-    } else {
-        (workers.threads() * 4).div_ceil(groups.max(1)).min(b.tiles)
-    };
+    let threads = cpu.workers.threads();
+    let splits = if threads == 1 { 1 } else { (threads * 4).div_ceil(groups.max(1)).min(b.tiles) };
     let span = b.tiles.div_ceil(splits.max(1)).max(1);
     let splits = b.tiles.div_ceil(span);
-    let count = Count::all(a.blocks);
-    let limit = fast_limit(path, a.blocks);
-    let shared = Shared::new(out);
-    let cost = a.rows * b.tiles * a.blocks * PANEL_BLOCK_NS / PANEL;
-    workers.each(groups * splits, cost, |i| {
+    cpu.workers.each(groups * splits, product.cost(), |i| {
         let (first, tile) = (i / splits * group, i % splits * span);
         let mut events = (0, 0);
-        let mut scratch = [0_i32; PANEL * TILE];
         for tile in tile..b.tiles.min(tile + span) {
-            let width = TILE.min(cols - tile * TILE);
             for panel in first..panels.min(first + group) {
-                let rows = PANEL.min(a.rows - panel * PANEL);
-                let direct = output == Output::Store && width == TILE;
-                let to = panel * PANEL * cols + tile * TILE;
-                // SAFETY: each (panel, tile) is written by one index only. Only its own 32 columns
-                // are touched of the rows that the part spans, and no reference to it is kept.
-                let (out, stride) = if direct {
-                    (unsafe { shared.pointer(to, (rows - 1) * cols + TILE) }, cols)
-                } else {
-                    (scratch.as_mut_ptr(), TILE)
-                };
-                let job = Job {
-                    a: a.mantissas[panel * a.panel_len()..].as_ptr(),
-                    a_exponents: a.exponents[panel * a.panel_exponents()..].as_ptr(),
-                    b: b.mantissas[tile * b.blocks * TILE * 32..].as_ptr(),
-                    b_exponents: b.exponents[tile * b.blocks..].as_ptr(),
-                    b_stride: 1,
-                    b_max: std::ptr::null(),
-                    b_max_stride: 0,
-                    blocks: a.blocks,
-                    bias: bias(f),
-                    limit,
-                    count: &raw const count,
-                    out,
-                    stride,
-                };
-                // SAFETY: operands hold `blocks` blocks of this panel and tile; `out` as above.
-                events.0 += unsafe { run(path, Kind::Lines, rows, &job) };
-                if direct {
-                    continue;
-                }
-                for r in 0..rows {
-                    // SAFETY: as above; the parts of a row are this tile's columns only.
-                    let row = unsafe { shared.part(to + r * cols, width) };
-                    let from = &scratch[r * TILE..r * TILE + width];
-                    match output {
-                        Output::Store => row.copy_from_slice(from),
-                        Output::Add => events.1 += add_saturating(path, row, from),
-                    }
-                }
+                product.panel(panel, tile, &mut events);
             }
         }
-        tally.add(Site::Matmul, events.0);
-        tally.add(Site::Residual, events.1);
+        cpu.tally.add(Site::Matmul, events.0);
+        cpu.tally.add(Site::Residual, events.1);
     });
 }

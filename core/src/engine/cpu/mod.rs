@@ -9,6 +9,8 @@
 //! nearest even. Saturations are counted by exact comparison; only for block terms of products
 //! bounds on exponents prove first that there is nothing to count.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 mod attention_backward;
 mod attention_loops;
@@ -116,7 +118,7 @@ impl Cpu {
     /// `out` (N, O) `=` or `+=` `x` times packed weights.
     fn product(&self, x: &Panels, w: &operands::Packed, f: i32, out: &mut Tensor, output: Output) {
         let cols = out.cols;
-        matmul(self.path, &self.workers, &self.tally, x, w, cols, f, &mut out.data, output);
+        matmul(self, x, w, cols, f, &mut out.data, output);
     }
 }
 

@@ -6,6 +6,8 @@
 /// A set of instructions that the engine's kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Path {
+    /// As [`Self::Avx512Vnni`], with AMX's tile unit for large products.
+    Avx512Amx,
     /// x86-64 with AVX-512 (F, BW, CD, DQ, VL) and VNNI: 512-bit pair products.
     Avx512Vnni,
     /// x86-64 with AVX2 and FMA: 256-bit pair products.
@@ -18,11 +20,16 @@ pub enum Path {
 
 impl Path {
     /// Every path, fastest first.
-    const ALL: [Self; 4] = [Self::Avx512Vnni, Self::Avx2, Self::Simd128, Self::Portable];
+    const ALL: [Self; 5] =
+        [Self::Avx512Amx, Self::Avx512Vnni, Self::Avx2, Self::Simd128, Self::Portable];
 
     /// Whether this machine has the instructions.
     pub fn is_available(self) -> bool {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Amx => {
+                Self::Avx512Vnni.is_available() && super::kernel::amx::is_available()
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => {
                 use std::is_x86_feature_detected as has;
@@ -60,6 +67,7 @@ impl Path {
 impl std::fmt::Display for Path {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
+            Self::Avx512Amx => "avx512-amx",
             Self::Avx512Vnni => "avx512-vnni",
             Self::Avx2 => "avx2",
             Self::Simd128 => "wasm-simd128",
@@ -92,7 +100,9 @@ macro_rules! simd {
             match path {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: an engine holds a path only after `is_available`.
-                $crate::engine::cpu::Path::Avx512Vnni => unsafe { avx512($($arg),*) },
+                $crate::engine::cpu::Path::Avx512Amx | $crate::engine::cpu::Path::Avx512Vnni => unsafe {
+                    avx512($($arg),*)
+                },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
                 $crate::engine::cpu::Path::Avx2 => unsafe { avx2($($arg),*) },

@@ -6,7 +6,7 @@
 //! then in i64. Pairs of a panel and a tile without that proof go segment by segment.
 #![expect(unsafe_code, reason = "drives kernels over raw panels")]
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use manyhands_shaders::bfp::{ACTIVATION_BITS, BLOCK, WEIGHT_BITS};
 use manyhands_shaders::twin::{GRADIENT_FRACTION, SHARE_FRACTION, Segment, Site};
@@ -25,16 +25,17 @@ use super::{Cpu, Tensor};
 
 /// Up to 32 consecutive rows of one segment.
 #[derive(Clone, Copy)]
-struct TokenBlock {
-    first_row: usize,
-    rows: usize,
+pub(super) struct TokenBlock {
+    pub(super) first_row: usize,
+    pub(super) rows: usize,
 }
 
 /// The token blocks of a batch, and which of them make a segment.
 pub(super) struct TokenBlocks {
-    blocks: Vec<TokenBlock>,
+    pub(super) blocks: Vec<TokenBlock>,
     segments: Vec<std::ops::Range<usize>>,
-    longest: usize,
+    /// Blocks of the longest segment.
+    pub(super) longest: usize,
 }
 
 impl TokenBlocks {
@@ -59,7 +60,18 @@ pub(super) struct AlongTokens {
     mantissas: Buffer<i16>,
     exponents: Buffer<i32>,
     /// Largest exponent of each (panel or tile, block); unused for panels.
-    block_max: Buffer<i32>,
+    pub(super) block_max: Buffer<i32>,
+    /// For the tile unit.
+    #[cfg(target_arch = "x86_64")]
+    digits: OnceLock<Buffer<u16>>,
+}
+
+impl AlongTokens {
+    /// A right operand as `amx` reads it.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn digits(&self, cpu: &Cpu) -> &[u16] {
+        self.digits.get_or_init(|| super::amx::right(cpu, &self.mantissas, &self.exponents, TILE))
+    }
 }
 
 simd! {
@@ -183,6 +195,8 @@ fn take(pool: &Arc<Pool>, mantissas: usize, exponents: usize, block_max: usize) 
         mantissas: pool.take(mantissas),
         exponents: pool.take(exponents),
         block_max: pool.take(block_max),
+        #[cfg(target_arch = "x86_64")]
+        digits: OnceLock::new(),
     }
 }
 
@@ -254,6 +268,12 @@ pub(super) fn add(
     if blocks == 0 {
         return;
     }
+    #[cfg(target_arch = "x86_64")]
+    if super::amx::pays(cpu.path, dy.rows())
+        && super::amx::weight_gradient(cpu, dy, x, tokens, cols, grad)
+    {
+        return;
+    }
     let a = pack_dy(cpu, dy, tokens);
     let mut panel_max = vec![ZERO_EXPONENT; panels];
     for chunk in a.exponents.chunks_exact(panels * CHUNK * PANEL_EXPONENTS) {
@@ -289,6 +309,14 @@ pub(super) fn add(
         }
         cpu.tally.add(Site::Matmul, events);
     });
+}
+
+/// How many terms of operands with this sum of largest exponents always fit in an i32, at least 1.
+pub(super) fn terms_that_fit(exponents: i32) -> usize {
+    // Terms are at most 2^24 2^-s, rounded.
+    let s = 127 - ((exponents + bias(SHARE_FRACTION)) >> EXPONENT_SHIFT);
+    let term = if s >= 24 { 1 } else { 1_i64 << (24 - s) };
+    usize::try_from(i64::from(i32::MAX) / (term + 1)).unwrap_or(0).max(1)
 }
 
 /// The products of one tile.
@@ -346,10 +374,7 @@ impl Run<'_> {
     ) {
         let Some(max) = panels.iter().map(|&p| panel_max[p]).max() else { return };
         let all = self.tokens.blocks.len();
-        // Terms are at most 2^24 2^-s, rounded.
-        let s = 127 - ((max + tile_max + bias(SHARE_FRACTION)) >> EXPONENT_SHIFT);
-        let term = if s >= 24 { 1 } else { 1_i64 << (24 - s) };
-        let room = usize::try_from(i64::from(i32::MAX) / (term + 1)).unwrap_or(0).max(1);
+        let room = terms_that_fit(max + tile_max);
         let chunk = if room >= CHUNK { CHUNK } else { 1 };
         totals.fill(0);
         let mut held = 0;

@@ -13,6 +13,8 @@
 //! there is; other blocks take a general flush that clamps and counts.
 #![expect(unsafe_code, reason = "SIMD kernels over raw panels")]
 
+#[cfg(target_arch = "x86_64")]
+pub(super) mod amx;
 mod lanes;
 
 #[cfg(target_arch = "x86_64")]
@@ -138,7 +140,7 @@ pub(crate) unsafe fn run(path: Path, kind: Kind, rows: usize, job: &Job) -> u64 
     unsafe {
         match path {
             #[cfg(target_arch = "x86_64")]
-            Path::Avx512Vnni => x86::run_avx512(kind, rows, job),
+            Path::Avx512Amx | Path::Avx512Vnni => x86::run_avx512(kind, rows, job),
             #[cfg(target_arch = "x86_64")]
             Path::Avx2 => x86::run_avx2(kind, rows, job),
             #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
