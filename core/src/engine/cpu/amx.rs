@@ -4,27 +4,29 @@
 //! clamped: exponents prove it first, and those do the rest.
 #![expect(unsafe_code, reason = "calls of functions compiled for detected instructions")]
 
+use std::arch::x86_64::*;
+use std::sync::{Mutex, PoisonError};
+
 use manyhands_shaders::bfp::{BLOCK, WEIGHT_BITS};
 use manyhands_shaders::twin::{GRADIENT_FRACTION, SHARE_FRACTION, Site};
 
-use super::buffer::Buffer;
 use super::gemm::{Output, Product};
 use super::kernel::amx::{DIGITS, SIDE, Sums, Unit, transpose};
 use super::kernel::{
     EXPONENT_SHIFT, PANEL, PANEL_EXPONENTS, TILE_BLOCK, ZERO_EXPONENT, bias, fast_limit,
 };
 use super::operands::{Packed, Panels};
-use super::pack::{Strip, magnitudes, strip};
+use super::pack::{Strip, strip, union_of_rows};
 use super::weight_gradient::{AlongTokens, TokenBlocks, terms_that_fit};
 use super::workers::Shared;
 use super::{Cpu, Path, Tensor};
 
 /// Fewer rows are not worth the digits.
-const ROWS_MIN: usize = 64;
+const ROWS_MIN: usize = 128;
 /// Rows that are whole panels of both kinds.
 const PART: usize = 96;
-/// Bytes of left digits that stay in L2 while right ones stream by.
-const LEFT_BYTES: usize = 512 << 10;
+/// Bytes of left digits, about, that stay in L2 while right ones stream by.
+const LEFT_BYTES: usize = 1 << 20;
 
 /// Whether products of so many rows go to the tile unit.
 pub(super) fn pays(path: Path, rows: usize) -> bool {
@@ -32,72 +34,86 @@ pub(super) fn pays(path: Path, rows: usize) -> bool {
 }
 
 /// Splits a line of mantissas times powers of two into its digits: row `row` of a half of a block.
-#[inline(always)]
-fn split(line: &[i16; 32], scales: &[f32; 32], to: &mut [u16], row: usize) {
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn split(line: &[i16; 32], scales: [__m512; 2], to: &mut [u16], row: usize) {
+    /// The upper words of two vectors.
+    const UPPER: [i16; 32] = {
+        let mut out = [0; 32];
+        let mut i = 0;
+        while i < 32 {
+            out[i] = 2 * i as i16 + 1;
+            i += 1;
+        }
+        out
+    };
     let (high, low) = to.split_at_mut(DIGITS / 2);
     let (high, low) = (&mut high[row * 32..][..32], &mut low[row * 32..][..32]);
-    for i in 0..32 {
-        let x = f32::from(line[i]) * scales[i];
-        let top = x.to_bits() & 0xffff_0000;
-        high[i] = (top >> 16) as u16;
-        low[i] = ((x - f32::from_bits(top)).to_bits() >> 16) as u16;
+    // SAFETY: 32 words each.
+    unsafe {
+        let upper = _mm512_loadu_si512(UPPER.as_ptr().cast());
+        let x = _mm512_loadu_si512(line.as_ptr().cast());
+        let halves = [_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64::<1>(x)];
+        let x = [0, 1].map(|i| {
+            _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(halves[i])), scales[i])
+        });
+        let rest = x.map(|x| {
+            let mask = _mm512_castsi512_ps(_mm512_set1_epi32(-65536));
+            _mm512_sub_ps(x, _mm512_and_ps(x, mask))
+        });
+        for (to, [a, b]) in [(high, x), (low, rest)] {
+            let (a, b) = (_mm512_castps_si512(a), _mm512_castps_si512(b));
+            let words = _mm512_permutex2var_epi16(a, upper, b);
+            _mm512_storeu_si512(to.as_mut_ptr().cast(), words);
+        }
     }
 }
 
-/// `2^e` of an exponent as kernels store it.
-#[inline(always)]
-fn power(e: i32) -> f32 {
-    f32::from_bits(((127 << EXPONENT_SHIFT) + e).cast_unsigned())
+/// Twice `2^e` of an exponent as kernels store it.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn power(e: i32) -> [__m512; 2] {
+    [_mm512_castsi512_ps(_mm512_set1_epi32((127 << EXPONENT_SHIFT) + e)); 2]
 }
 
 /// Digits of a tile's block `[16 pairs][32 columns][2]`, with an exponent for each column or one.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn right_block(pairs: &[i16], exponents: &[i32], to: &mut [u16]) {
-    for half in 0..2 {
-        let mut scales = [0.0; 32];
-        for i in 0..32 {
-            scales[i] = power(exponents[(half * 16 + i / 2) % exponents.len()]);
-        }
-        for (p, line) in pairs.as_chunks::<32>().0.iter().skip(half).step_by(2).enumerate() {
-            split(line, &scales, to, half * 16 + p);
-        }
+fn right_block(pairs: &[i16; TILE_BLOCK], exponents: &[i32], to: &mut [u16]) {
+    let bits: [i32; 2 * SIDE] = std::array::from_fn(|i| {
+        (127 << EXPONENT_SHIFT) + exponents[if exponents.len() == 1 { 0 } else { i / 2 }]
+    });
+    // SAFETY: 16 values each.
+    let scales = [0, 16, 32, 48].map(|i| unsafe { _mm512_loadu_ps(bits[i..].as_ptr().cast()) });
+    for (p, [left, right]) in pairs.as_chunks::<32>().0.as_chunks::<2>().0.iter().enumerate() {
+        split(left, [scales[0], scales[1]], to, p);
+        split(right, [scales[2], scales[3]], to, 16 + p);
     }
 }
 
-/// Digits of right operands `[tile][block]`, whose exponents are `step` a block.
-pub(super) fn right(cpu: &Cpu, mantissas: &[i16], exponents: &[i32], step: usize) -> Buffer<u16> {
-    let n = mantissas.len() / TILE_BLOCK;
-    let mut out = cpu.pool.take(n * DIGITS);
-    let shared = Shared::new(&mut out);
-    cpu.workers.ranges(n, 1, n * TILE_BLOCK / 8, |range| {
-        for i in range {
-            // SAFETY: each block is visited once; the path's instructions are there.
-            unsafe {
-                let to = shared.part(i * DIGITS, DIGITS);
-                right_block(
-                    &mantissas[i * TILE_BLOCK..][..TILE_BLOCK],
-                    &exponents[i * step..][..step],
-                    to,
-                );
-            }
-        }
-    });
-    out
+/// Digits of a tile `[block]`, whose exponents are `step` a block.
+fn right_tile(mantissas: &[i16], exponents: &[i32], step: usize, to: &mut [u16]) {
+    let blocks = mantissas.as_chunks::<TILE_BLOCK>().0.iter().zip(exponents.chunks_exact(step));
+    for ((pairs, exponents), to) in blocks.zip(to.as_chunks_mut::<DIGITS>().0) {
+        // SAFETY: only paths with the instructions get here.
+        unsafe { right_block(pairs, exponents, to) };
+    }
 }
 
-/// Digits of rows `first..first + rows` of panels times `2^f`: `[side of 32 rows][block]`.
+/// Digits of rows `first..first + rows` of panels times `2^f`: `[side of 32 rows][block]`. In the
+/// order of the panels, a line after the other.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn left_rows(x: &Panels, first: usize, rows: usize, f: i32, to: &mut [u16]) {
-    let sides = to.chunks_exact_mut(x.blocks * DIGITS);
-    for (first, to) in (first..first + rows).step_by(SIDE).zip(sides) {
-        for (block, to) in to.chunks_exact_mut(DIGITS).enumerate() {
-            for i in 0..SIDE {
-                let row = first + i;
+    let padded = first + rows.next_multiple_of(SIDE);
+    for panel in (first..padded).step_by(PANEL) {
+        for block in 0..x.blocks {
+            for row in panel..padded.min(panel + PANEL) {
+                let (side, i) = ((row - first) / SIDE, (row - first) % SIDE);
+                let to = &mut to[(side * x.blocks + block) * DIGITS..][..DIGITS];
                 if row >= x.rows {
-                    split(&[0; 32], &[1.0; 32], to, i);
+                    split(&[0; 32], power(0), to, i);
                 } else if let Some(line) = x.mantissas[x.line(row, block)..].first_chunk() {
                     let e = x.exponents[x.exponent(row, block)] + (f << EXPONENT_SHIFT);
-                    split(line, &[power(e); 32], to, i);
+                    split(line, power(e), to, i);
                 }
             }
         }
@@ -106,11 +122,11 @@ fn left_rows(x: &Panels, first: usize, rows: usize, f: i32, to: &mut [u16]) {
 
 /// As [`super::gemm::matmul`], for many rows.
 pub(super) fn matmul(cpu: &Cpu, product: &Product<'_>, b: &Packed, f: i32) {
-    let (a, cols) = (product.a, product.cols);
-    let right = b.digits(cpu);
-    let group = (LEFT_BYTES / (a.blocks * DIGITS / SIDE * 2) / PART * PART).max(PART);
+    let (a, cols, blocks) = (product.a, product.cols, product.a.blocks);
+    let near = (a.rows * blocks * DIGITS / SIDE * 2 + LEFT_BYTES / 2) / LEFT_BYTES;
+    let group = a.rows.div_ceil(near.max(cpu.workers.threads())).next_multiple_of(PART);
     let groups = a.rows.div_ceil(group);
-    let limit = fast_limit(cpu.path, a.blocks) - bias(f);
+    let limit = fast_limit(cpu.path, blocks) - bias(f);
     cpu.workers.each(groups, product.cost(), |i| {
         // SAFETY: the path is available.
         let unit = unsafe { Unit::new() };
@@ -118,7 +134,8 @@ pub(super) fn matmul(cpu: &Cpu, product: &Product<'_>, b: &Packed, f: i32) {
         let mut events = (0, 0);
         let (first, rows) = (i * group, group.min(a.rows - i * group));
         let sides = rows.div_ceil(SIDE);
-        let mut left = cpu.pool.take::<u16>(sides * a.blocks * DIGITS);
+        let mut left = cpu.pool.take::<u16>(sides * blocks * DIGITS);
+        let mut right = cpu.pool.take::<u16>(blocks * DIGITS);
         // SAFETY: the path is available.
         unsafe { left_rows(a, first, rows, f, &mut left) };
         // The largest exponent of each block in the rows of a part.
@@ -127,16 +144,18 @@ pub(super) fn matmul(cpu: &Cpu, product: &Product<'_>, b: &Packed, f: i32) {
             .clone()
             .flat_map(|first| {
                 let panels = first / PANEL..(first + PART).min(a.rows).div_ceil(PANEL);
-                (0..a.blocks).map(move |block| {
-                    let e = |p| a.exponents[(p * a.blocks + block) * PANEL_EXPONENTS + PANEL];
+                (0..blocks).map(move |block| {
+                    let e = |p| a.exponents[(p * blocks + block) * PANEL_EXPONENTS + PANEL];
                     panels.clone().map(e).max().unwrap_or(ZERO_EXPONENT)
                 })
             })
             .collect();
         for tile in 0..b.tiles {
             let width = SIDE.min(cols - tile * SIDE);
-            let exponents = &b.exponents[tile * b.blocks..][..b.blocks];
-            for (part, tops) in parts.clone().zip(tops.chunks_exact(a.blocks)) {
+            let exponents = &b.exponents[tile * blocks..][..blocks];
+            let mantissas = &b.mantissas[tile * blocks * TILE_BLOCK..][..blocks * TILE_BLOCK];
+            right_tile(mantissas, exponents, 1, &mut right);
+            for (part, tops) in parts.clone().zip(tops.chunks_exact(blocks)) {
                 let end = (part + PART).min(a.rows);
                 if tops.iter().zip(exponents).any(|(a, b)| a + b > limit) {
                     for panel in part / PANEL..end.div_ceil(PANEL) {
@@ -146,14 +165,13 @@ pub(super) fn matmul(cpu: &Cpu, product: &Product<'_>, b: &Packed, f: i32) {
                 }
                 for row in (part..end).step_by(SIDE) {
                     let rows = SIDE.min(end - row);
-                    let from = (row - first) / SIDE * a.blocks * DIGITS;
+                    let from = (row - first) / SIDE * blocks * DIGITS;
                     let at = row * cols + tile * SIDE;
-                    sums.clear();
                     // SAFETY: both operands have `blocks` blocks; each (part, tile) of the output
                     // is written by one index only.
                     unsafe {
-                        let b = right[tile * a.blocks * DIGITS..].as_ptr();
-                        sums.add(&unit, left[from..].as_ptr(), b, a.blocks);
+                        let b = right.as_ptr();
+                        sums.product(&unit, left[from..].as_ptr(), b, blocks);
                         let out = product.out.pointer(at, (rows - 1) * cols + width);
                         events.1 +=
                             sums.store(out, cols, rows, width, product.output == Output::Add);
@@ -166,38 +184,34 @@ pub(super) fn matmul(cpu: &Cpu, product: &Product<'_>, b: &Packed, f: i32) {
     });
 }
 
-/// Digits of 32 channels of `dy` (N, O) from `channel` along tokens, as 10-bit left operand in
-/// `FX(SHARE_FRACTION)`: `[block]`. Returns the largest exponent.
+/// Digits of one token block of `dy` (rows, O) along tokens, as 10-bit left operand in
+/// `FX(SHARE_FRACTION)`, for every 32 channels, of which `tops` gets the largest exponent.
 #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
-fn left_channels(dy: &Tensor, channel: usize, tokens: &TokenBlocks, to: &mut [u16]) -> i32 {
-    let width = SIDE.min(dy.cols - channel);
-    let mut top = ZERO_EXPONENT;
-    for (token, to) in tokens.blocks.iter().zip(to.chunks_exact_mut(DIGITS)) {
-        let x = &dy.data[token.first_row * dy.cols + channel..];
-        let any = magnitudes(x, dy.cols, token.rows, width);
+fn left_channels<'a>(
+    dy: &[i32],
+    cols: usize,
+    any: &mut [u32],
+    to: impl Iterator<Item = &'a mut [u16]>,
+    tops: &mut [i32],
+) {
+    let rows = dy.len() / cols;
+    union_of_rows(dy, cols, any);
+    let sides = any.as_chunks::<SIDE>().0.iter().zip(tops);
+    for ((side, (any, top)), to) in sides.enumerate().zip(to) {
+        let width = SIDE.min(cols - side * SIDE);
+        let x = &dy[side * SIDE..];
         let mut pairs: Strip = [[0; SIDE]; BLOCK / 2];
         let mut e = [0; SIDE];
-        strip(
-            x,
-            dy.cols,
-            token.rows,
-            width,
-            &any,
-            -GRADIENT_FRACTION,
-            WEIGHT_BITS,
-            &mut pairs,
-            &mut e,
-        );
+        strip(x, cols, rows, width, any, -GRADIENT_FRACTION, WEIGHT_BITS, &mut pairs, &mut e);
         for (i, (line, e)) in transpose(&pairs).iter().zip(e).enumerate() {
             let mut terms = [0; 32];
             for (to, x) in terms.as_chunks_mut::<2>().0.iter_mut().zip(line) {
                 *to = [*x as i16, (*x >> 16) as i16];
             }
-            split(&terms, &[power(e + (SHARE_FRACTION << EXPONENT_SHIFT)); 32], to, i);
-            top = top.max(e);
+            split(&terms, power(e + (SHARE_FRACTION << EXPONENT_SHIFT)), to, i);
+            *top = (*top).max(e);
         }
     }
-    top
 }
 
 /// `grad` (O, C) `+= dy^T x`, for many rows; false if exponents do not prove that no term is
@@ -214,24 +228,31 @@ pub(super) fn weight_gradient(
     let tiles = cols.div_ceil(SIDE);
     let sides = rows.div_ceil(SIDE);
     let mut left = cpu.pool.take::<u16>(sides * blocks * DIGITS);
-    let mut tops = vec![ZERO_EXPONENT; sides];
-    let (digits, shared_tops) = (Shared::new(&mut left), Shared::new(&mut tops));
-    cpu.workers.ranges(sides, 1, dy.data.len() / 2, |range| {
-        for side in range {
-            // SAFETY: each is visited once; the path is available.
+    let tops = Mutex::new(vec![ZERO_EXPONENT; sides]);
+    let digits = Shared::new(&mut left);
+    cpu.workers.ranges(blocks, 1, dy.data.len() / 2, |range| {
+        let mut any = vec![0; sides * SIDE];
+        let mut own = vec![ZERO_EXPONENT; sides];
+        for block in range {
+            let token = &tokens.blocks[block];
+            let dy = &dy.data[token.first_row * rows..(token.first_row + token.rows) * rows];
+            // SAFETY: each block is visited once; the path is available.
             unsafe {
-                let to = digits.part(side * blocks * DIGITS, blocks * DIGITS);
-                shared_tops.part(side, 1)[0] = left_channels(dy, side * SIDE, tokens, to);
+                let to =
+                    (0..sides).map(|side| digits.part((side * blocks + block) * DIGITS, DIGITS));
+                left_channels(dy, rows, &mut any, to, &mut own);
             }
         }
+        let mut tops = tops.lock().unwrap_or_else(PoisonError::into_inner);
+        tops.iter_mut().zip(own).for_each(|(top, own)| *top = own.max(*top));
     });
+    let tops = tops.into_inner().unwrap_or_else(PoisonError::into_inner);
     let top = tops.iter().chain(std::iter::once(&ZERO_EXPONENT)).max().copied().unwrap_or(0);
     let x_top = x.block_max.iter().max().copied().unwrap_or(0);
     if top + x_top + bias(SHARE_FRACTION) > fast_limit(cpu.path, tokens.longest) {
         return false;
     }
     let fit = terms_that_fit(top + x_top);
-    let right = x.digits(cpu);
     let shared = Shared::new(grad);
     let group = (LEFT_BYTES / (blocks * DIGITS * 2)).max(1);
     let groups = sides.div_ceil(group);
@@ -241,18 +262,20 @@ pub(super) fn weight_gradient(
         let unit = unsafe { Unit::new() };
         let mut sums = Sums::new();
         let width = SIDE.min(cols - tile * SIDE);
+        let (m, e) = (blocks * TILE_BLOCK, blocks * SIDE);
+        let mut right = cpu.pool.take::<u16>(blocks * DIGITS);
+        right_tile(&x.mantissas[tile * m..][..m], &x.exponents[tile * e..][..e], SIDE, &mut right);
         for side in first..sides.min(first + group) {
             let rows = SIDE.min(rows - side * SIDE);
             let at = side * SIDE * cols + tile * SIDE;
             for from in (0..blocks).step_by(fit) {
                 let n = fit.min(blocks - from);
-                sums.clear();
                 // SAFETY: both operands have these blocks; each (side, tile) of the gradient is
                 // written by one index only.
                 unsafe {
                     let a = left[(side * blocks + from) * DIGITS..].as_ptr();
-                    let b = right[(tile * blocks + from) * DIGITS..].as_ptr();
-                    sums.add(&unit, a, b, n);
+                    let b = right[from * DIGITS..].as_ptr();
+                    sums.product(&unit, a, b, n);
                     let out = shared.pointer(at, (rows - 1) * cols + width);
                     sums.spill(out, cols, rows, width);
                 }

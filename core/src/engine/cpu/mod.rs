@@ -312,7 +312,7 @@ impl Engine for Cpu {
     /// Tensors of so many rows stay near. Wide models have large sums of gradients, which every
     /// micro-batch reads and writes.
     fn rows_max(&self) -> usize {
-        if self.constants.norm.width > 128 { 1024 } else { 512 }
+        if self.constants.norm.width > 128 { 512 } else { 256 }
     }
 
     fn lanes(&self) -> usize {

@@ -67,9 +67,6 @@ pub(super) struct Packed {
     pub(super) mantissas: Buffer<i16>,
     /// `[tile][block]`.
     pub(super) exponents: Buffer<i32>,
-    /// For the tile unit.
-    #[cfg(target_arch = "x86_64")]
-    digits: OnceLock<Buffer<u16>>,
 }
 
 /// A weight matrix (O, C), packed for the forward direction, and for the other one once somebody
@@ -119,12 +116,6 @@ impl Weight {
 }
 
 impl Packed {
-    /// As `amx` reads it.
-    #[cfg(target_arch = "x86_64")]
-    pub(super) fn digits(&self, cpu: &Cpu) -> &[u16] {
-        self.digits.get_or_init(|| super::amx::right(cpu, &self.mantissas, &self.exponents, 1))
-    }
-
     /// Packs tiles on all threads: `pack` writes tile `i` and returns its exponent as kernels store
     /// it.
     fn fill(
@@ -138,8 +129,6 @@ impl Packed {
             blocks,
             mantissas: cpu.pool.take(tiles * blocks * TILE_BLOCK),
             exponents: cpu.pool.take(tiles * blocks),
-            #[cfg(target_arch = "x86_64")]
-            digits: OnceLock::new(),
         };
         let (m, e) = (Shared::new(&mut out.mantissas), Shared::new(&mut out.exponents));
         cpu.workers.ranges(tiles * blocks, 1, tiles * blocks * TILE_BLOCK / 2, |range| {

@@ -73,6 +73,18 @@ pub(super) fn strip(
     }
 }
 
+/// The union of the magnitudes in each column of `x` (rows, `cols`). One pass in the order of memory
+/// brings the rows near for passes by columns.
+#[inline(always)]
+pub(super) fn union_of_rows(x: &[i32], cols: usize, any: &mut [u32]) {
+    any.fill(0);
+    for row in x.chunks_exact(cols) {
+        for (any, x) in any.iter_mut().zip(row) {
+            *any |= x.unsigned_abs();
+        }
+    }
+}
+
 /// The union of the magnitudes in each of `width <= 32` columns.
 #[inline(always)]
 pub(super) fn magnitudes(x: &[i32], stride: usize, rows: usize, width: usize) -> [u32; TILE] {

@@ -6,7 +6,7 @@
 //! then in i64. Pairs of a panel and a tile without that proof go segment by segment.
 #![expect(unsafe_code, reason = "drives kernels over raw panels")]
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use manyhands_shaders::bfp::{ACTIVATION_BITS, BLOCK, WEIGHT_BITS};
 use manyhands_shaders::twin::{GRADIENT_FRACTION, SHARE_FRACTION, Segment, Site};
@@ -18,7 +18,7 @@ use super::kernel::{
     ZERO_EXPONENT, bias, fast_limit, run,
 };
 use super::operands::Panels;
-use super::pack::{GROUP, Strip, ZERO_FIELD, scatter, strip};
+use super::pack::{GROUP, Strip, ZERO_FIELD, scatter, strip, union_of_rows};
 use super::path::simd;
 use super::workers::Shared;
 use super::{Cpu, Tensor};
@@ -57,21 +57,10 @@ impl TokenBlocks {
 
 /// An operand requantised along tokens.
 pub(super) struct AlongTokens {
-    mantissas: Buffer<i16>,
-    exponents: Buffer<i32>,
+    pub(super) mantissas: Buffer<i16>,
+    pub(super) exponents: Buffer<i32>,
     /// Largest exponent of each (panel or tile, block); unused for panels.
     pub(super) block_max: Buffer<i32>,
-    /// For the tile unit.
-    #[cfg(target_arch = "x86_64")]
-    digits: OnceLock<Buffer<u16>>,
-}
-
-impl AlongTokens {
-    /// A right operand as `amx` reads it.
-    #[cfg(target_arch = "x86_64")]
-    pub(super) fn digits(&self, cpu: &Cpu) -> &[u16] {
-        self.digits.get_or_init(|| super::amx::right(cpu, &self.mantissas, &self.exponents, TILE))
-    }
 }
 
 simd! {
@@ -85,13 +74,7 @@ simd! {
         exponents: &mut [i32],
     ) {
         let rows = dy.len() / cols;
-        // One pass in the order of memory brings the rows near for the passes by columns.
-        any.fill(0);
-        for row in dy.chunks_exact(cols) {
-            for (any, x) in any.iter_mut().zip(row) {
-                *any |= x.unsigned_abs();
-            }
-        }
+        union_of_rows(dy, cols, any);
         for (group, any) in any.chunks_exact(GROUP).enumerate() {
             let columns = GROUP.min(cols - group * GROUP);
             let mut strips: [Strip; GROUP / TILE] = [[[0; TILE]; BLOCK / 2]; GROUP / TILE];
@@ -195,8 +178,6 @@ fn take(pool: &Arc<Pool>, mantissas: usize, exponents: usize, block_max: usize) 
         mantissas: pool.take(mantissas),
         exponents: pool.take(exponents),
         block_max: pool.take(block_max),
-        #[cfg(target_arch = "x86_64")]
-        digits: OnceLock::new(),
     }
 }
 

@@ -11,10 +11,7 @@
 //! the right 16 pairs of terms by 16 columns.
 
 use std::arch::asm;
-use std::arch::x86_64::{
-    __cpuid_count, __m512i, _mm512_loadu_si512, _mm512_shuffle_i32x4, _mm512_storeu_si512,
-    _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
-};
+use std::arch::x86_64::*;
 use std::sync::OnceLock;
 
 use manyhands_shaders::x1::LIM;
@@ -104,6 +101,32 @@ macro_rules! flush {
     };
 }
 
+/// Clears the sums: vectors at these bytes.
+macro_rules! clear {
+    ($($at:literal)*) => { concat!($("vmovdqa64 [{sums} + ", $at, "], zmm0\n",)*) };
+}
+
+/// One block with the same done to all vectors, in 12 portions.
+macro_rules! whole_block {
+    ($each:ident; $($store:literal)*) => {
+        block!(
+            $($store)*;
+            $each!(0 64 128 192 256),
+            $each!(320 384 448 512 576),
+            $each!(640 704 768 832 896 960),
+            $each!(1024 1088 1152 1216 1280),
+            $each!(1344 1408 1472 1536 1600),
+            $each!(1664 1728 1792 1856 1920 1984),
+            $each!(2048 2112 2176 2240 2304),
+            $each!(2368 2432 2496 2560 2624),
+            $each!(2688 2752 2816 2880 2944 3008),
+            $each!(3072 3136 3200 3264 3328),
+            $each!(3392 3456 3520 3584 3648),
+            $each!(3712 3776 3840 3904 3968 4032)
+        )
+    };
+}
+
 /// One block: 4 tiles of sums from 2 by 2 halves, for all 4 pairs of digits. The tiles of the
 /// block before are stored one by one as each is needed, and flushed between the products: the
 /// unit never waits for them.
@@ -155,43 +178,34 @@ impl Sums {
         Self { sums: [0; SIDE * SIDE], terms: [0.0; SIDE * SIDE] }
     }
 
-    /// Zeros again.
-    pub(crate) fn clear(&mut self) {
-        self.sums = [0; SIDE * SIDE];
-    }
-
-    /// Adds the rounded products of `blocks` blocks of digits, wrapping.
+    /// Sums the rounded products of `blocks` blocks of digits, wrapping.
     ///
     /// # Safety
     /// `blocks > 0`, and `a` and `b` point to [`DIGITS`] digits for each. Terms are below 2^31.
-    pub(crate) unsafe fn add(&mut self, _unit: &Unit, a: *const u16, b: *const u16, blocks: usize) {
+    pub(crate) unsafe fn product(
+        &mut self,
+        _unit: &Unit,
+        a: *const u16,
+        b: *const u16,
+        blocks: usize,
+    ) {
         debug_assert!(blocks > 0, "a product without terms");
         // SAFETY: reads the caller's digits, writes `self`, and tells of all registers it changes.
         // No code but this assembly uses tiles.
         unsafe {
             asm!(
-                block!("" "" "" ""; "", "", "", "", "", "", "", "", "", "", "", ""),
+                "vpxord zmm0, zmm0, zmm0",
+                whole_block!(clear; "" "" "" ""),
                 "dec {blocks}",
                 "jz 3f",
                 ".p2align 5",
                 "2:",
-                block!(
+                whole_block!(
+                    flush;
                     "tilestored [{terms} + {stride}*1], tmm0\n"
                     "tilestored [{terms} + {stride}*1 + 1024], tmm1\n"
                     "tilestored [{terms} + {stride}*1 + 2048], tmm2\n"
-                    "tilestored [{terms} + {stride}*1 + 3072], tmm3\n";
-                    flush!(0 64 128 192 256),
-                    flush!(320 384 448 512 576),
-                    flush!(640 704 768 832 896 960),
-                    flush!(1024 1088 1152 1216 1280),
-                    flush!(1344 1408 1472 1536 1600),
-                    flush!(1664 1728 1792 1856 1920 1984),
-                    flush!(2048 2112 2176 2240 2304),
-                    flush!(2368 2432 2496 2560 2624),
-                    flush!(2688 2752 2816 2880 2944 3008),
-                    flush!(3072 3136 3200 3264 3328),
-                    flush!(3392 3456 3520 3584 3648),
-                    flush!(3712 3776 3840 3904 3968 4032)
+                    "tilestored [{terms} + {stride}*1 + 3072], tmm3\n"
                 ),
                 "dec {blocks}",
                 "jnz 2b",
@@ -224,15 +238,13 @@ impl Sums {
         }
     }
 
-    /// Row `r` as halves.
-    #[inline(always)]
-    fn row(&self, r: usize) -> [i32; SIDE] {
-        let mut out = [0; SIDE];
-        for half in 0..2 {
-            let from = &self.sums[(r / 16 * 2 + half) * 256 + r % 16 * 16..][..16];
-            out[half * 16..][..16].copy_from_slice(from);
-        }
-        out
+    /// 16 sums of row `r`.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn vector(&self, r: usize, half: usize) -> __m512i {
+        let from = &self.sums[(r / 16 * 2 + half) * 256 + r % 16 * 16..][..16];
+        // SAFETY: 16 values.
+        unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
     }
 
     /// `out = sat(sums)`, or with `add` `out = sat(out + sat(sums))`, over `rows` rows of `width`
@@ -240,7 +252,7 @@ impl Sums {
     ///
     /// # Safety
     /// `out` covers the rows, and nobody else accesses them now.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    #[target_feature(enable = "avx512f")]
     pub(crate) unsafe fn store(
         &self,
         out: *mut i32,
@@ -249,24 +261,25 @@ impl Sums {
         width: usize,
         add: bool,
     ) -> u64 {
-        let mut count = 0_u32;
+        let (high, low) = (_mm512_set1_epi32(LIM), _mm512_set1_epi32(-LIM));
+        let saturate = |x| _mm512_min_epi32(_mm512_max_epi32(x, low), high);
+        let mut count = 0;
         for r in 0..rows {
-            let mut row = self.row(r);
-            for x in &mut row {
-                *x = (*x).clamp(-LIM, LIM);
-            }
-            // SAFETY: inside the caller's rows.
-            let out = unsafe { std::slice::from_raw_parts_mut(out.add(r * stride), width) };
-            let mut old = [0; SIDE];
-            if add {
-                copy(&mut old, out);
-                for (x, old) in row.iter_mut().zip(old) {
-                    let sum = *x + old;
-                    *x = sum.clamp(-LIM, LIM);
-                    count += u32::from(*x != sum);
+            for half in 0..2 {
+                let mask = mask(width, half);
+                // SAFETY: the mask keeps inside the caller's rows.
+                unsafe {
+                    let to = out.wrapping_add(r * stride + half * 16);
+                    let mut x = saturate(self.vector(r, half));
+                    if add {
+                        // Both are below 2^30: the sum cannot wrap.
+                        let sum = _mm512_add_epi32(x, _mm512_maskz_loadu_epi32(mask, to));
+                        x = saturate(sum);
+                        count += _mm512_mask_cmpneq_epi32_mask(mask, x, sum).count_ones();
+                    }
+                    _mm512_mask_storeu_epi32(to, mask, x);
                 }
             }
-            copy(out, &row);
         }
         count.into()
     }
@@ -275,33 +288,31 @@ impl Sums {
     ///
     /// # Safety
     /// As [`Self::store`].
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    #[target_feature(enable = "avx512f")]
     pub(crate) unsafe fn spill(&self, out: *mut i64, stride: usize, rows: usize, width: usize) {
         for r in 0..rows {
-            let row = self.row(r);
-            // SAFETY: inside the caller's rows.
-            let out = unsafe { std::slice::from_raw_parts_mut(out.add(r * stride), width) };
-            if let Ok(out) = <&mut [i64; SIDE]>::try_from(&mut *out) {
-                for c in 0..SIDE {
-                    out[c] += i64::from(row[c]);
+            for half in 0..2 {
+                let (x, mask) = (self.vector(r, half), mask(width, half));
+                let quarters = [_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64::<1>(x)];
+                for (i, x) in quarters.into_iter().enumerate() {
+                    let mask = (mask >> (8 * i)) as u8;
+                    // SAFETY: the mask keeps inside the caller's rows.
+                    unsafe {
+                        let to = out.wrapping_add(r * stride + half * 16 + i * 8);
+                        let old = _mm512_maskz_loadu_epi64(mask, to);
+                        let sum = _mm512_add_epi64(old, _mm512_cvtepi32_epi64(x));
+                        _mm512_mask_storeu_epi64(to, mask, sum);
+                    }
                 }
-            } else {
-                out.iter_mut().zip(row).for_each(|(out, x)| *out += i64::from(x));
             }
         }
     }
 }
 
-/// As many values as both have: the whole row in vectors.
+/// Which of 16 columns are among the first `width` of 32.
 #[inline(always)]
-fn copy(to: &mut [i32], from: &[i32]) {
-    if let (Ok(to), Ok(from)) =
-        (<&mut [i32; SIDE]>::try_from(&mut *to), <&[i32; SIDE]>::try_from(from))
-    {
-        *to = *from;
-    } else {
-        to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
-    }
+fn mask(width: usize, half: usize) -> u16 {
+    (((1_u64 << width) - 1) >> (16 * half)) as u16
 }
 
 /// 16 rows of 32 pairs as 32 rows of 16 pairs.
