@@ -201,7 +201,8 @@ fn cpu_engine_long_contractions_equal_the_twin() {
         let constants = config.constants();
         let case = Ops {
             config,
-            lengths: vec![4, 3],
+            // Many rows as well: they go another way, in groups.
+            lengths: if i == 1 { vec![130, 70] } else { vec![4, 3] },
             bits,
             gradient_bits: bits,
             weight_scale,
@@ -258,12 +259,16 @@ fn cpu_engine_extreme_values_equal_the_twin() {
     .into_iter()
     .enumerate()
     {
-        for (j, shape) in [config(96, 4, 2, 32, 70, 40, 1), config(40, 3, 3, 24, 33, 70, 1)]
-            .into_iter()
-            .enumerate()
+        // Few rows, many, and many of short sequences, whose gradients have the largest terms.
+        for (j, (shape, lengths)) in [
+            (config(96, 4, 2, 32, 70, 40, 1), vec![34, 1, 100]),
+            (config(40, 3, 3, 24, 33, 70, 1), vec![5, 33]),
+            (config(70, 2, 2, 24, 40, 50, 1), vec![30; 9]),
+        ]
+        .into_iter()
+        .enumerate()
         {
             let constants = shape.constants();
-            let lengths = if j == 0 { vec![34, 1, 70] } else { vec![5, 33] };
             let seed = 200 + 10 * i as u64 + j as u64;
             let case =
                 Ops { config: shape, lengths, bits, gradient_bits, weight_scale, wild, seed };

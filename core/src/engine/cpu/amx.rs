@@ -284,3 +284,77 @@ pub(super) fn weight_gradient(
     });
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use manyhands_shaders::x1::flush;
+
+    use super::*;
+
+    /// The unit against sums of integers, block by block: at the ends of the range, where partial
+    /// sums come nearest to 2^24, with ties, and with every digit.
+    #[test]
+    fn the_unit_adds_without_rounding() {
+        if !Path::Avx512Amx.is_available() {
+            return;
+        }
+        const BLOCKS: usize = 3;
+        // SAFETY: the path is available.
+        let unit = unsafe { Unit::new() };
+        let mut state = 1_u32;
+        let mut random = |max: i32| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8).cast_signed() % (max + 1) * if state & 1 == 0 { 1 } else { -1 }
+        };
+        for case in 0..8 {
+            let mut value = |max: i32| match case {
+                0 => max,
+                1 => random(1).signum() * max,
+                2 => max - random(1).abs(),
+                3 => random(7),
+                _ => random(max),
+            };
+            let a: [[[i32; 32]; SIDE]; BLOCKS] = std::array::from_fn(|_| {
+                std::array::from_fn(|_| std::array::from_fn(|_| value(1023)))
+            });
+            let b: [[[i32; SIDE]; 32]; BLOCKS] = std::array::from_fn(|_| {
+                std::array::from_fn(|_| std::array::from_fn(|_| value(511)))
+            });
+            // A shift for each block: left ones, none, and right ones with ties.
+            let shifts = [[-4, 0, 1], [2, 5, 9], [1, 3, 24]][case % 3];
+            let mut left = [0; BLOCKS * DIGITS];
+            let mut right = [0; BLOCKS * DIGITS];
+            for (k, shift) in shifts.into_iter().enumerate() {
+                let e = |s: i32| s << EXPONENT_SHIFT;
+                for (i, row) in a[k].iter().enumerate() {
+                    let to = &mut left[k * DIGITS..][..DIGITS];
+                    // SAFETY: the path is available.
+                    unsafe { split(&row.map(|x| x as i16), power(e(-30 - shift)), to, i) };
+                }
+                let mut pairs = [0_i16; TILE_BLOCK];
+                for (i, x) in b[k].iter().flatten().enumerate() {
+                    let (term, column) = (i / SIDE, i % SIDE);
+                    pairs[(term / 2 * SIDE + column) * 2 + term % 2] = *x as i16;
+                }
+                right_tile(&pairs, &[e(30)], 1, &mut right[k * DIGITS..][..DIGITS]);
+            }
+            let mut sums = Sums::new();
+            let mut out = [0; SIDE * SIDE];
+            // SAFETY: both have all blocks; the output has all rows.
+            unsafe {
+                sums.product(&unit, left.as_ptr(), right.as_ptr(), BLOCKS);
+                sums.store(out.as_mut_ptr(), SIDE, SIDE, SIDE, false);
+            }
+            for r in 0..SIDE {
+                for c in 0..SIDE {
+                    let term = |k: usize| {
+                        let d: i32 = (0..32).map(|i| a[k][r][i] * b[k][i][c]).sum();
+                        flush(d, shifts[k])
+                    };
+                    let expected: i32 = (0..BLOCKS).map(term).sum();
+                    assert_eq!(out[r * SIDE + c], expected, "case {case}, ({r}, {c})");
+                }
+            }
+        }
+    }
+}
