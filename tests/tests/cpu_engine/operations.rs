@@ -281,3 +281,47 @@ fn cpu_engine_extreme_values_equal_the_twin() {
     // Otherwise the inputs could not have failed.
     assert!(counted.iter().all(|&c| c > 0), "some site never saturated: {counted:?}");
 }
+
+/// The gradient of one matrix, from operands of one sign.
+struct Steep {
+    lengths: Vec<usize>,
+    bits: u32,
+}
+
+impl Program for Steep {
+    fn run<E: Engine>(&self, e: &E) -> Record {
+        const COLS: usize = 40;
+        let mut r = Random(self.bits.into());
+        let batch = batch(&self.lengths, 20, &mut r);
+        let mut tensor = |bits: u32| {
+            let value = |_| (1 << bits) - r.below(1 << (bits - 3)) as i32;
+            e.tensor(&(0..batch.rows() * COLS).map(value).collect::<Vec<_>>(), COLS)
+        };
+        let (x, dy) = (e.blocks(&tensor(22)), tensor(self.bits));
+        let w = e.weight(&r.weights(COLS, COLS, 0.001));
+        let mut grad = e.gradient(COLS, COLS);
+        let mut out = Record::new();
+        let back = vec![Back { dy: &dy, w: &w, grad: Some(&mut grad) }];
+        read(e, &mut out, "dx", &e.linear_backward(&x, &batch, back));
+        read_gradient(e, &mut out, "gradient", &grad);
+        read_saturations(e, &mut out, "linear_backward");
+        out
+    }
+}
+
+/// Sums that neither cancel nor fit in 32 bits, of terms just below and above what is counted.
+#[test]
+fn cpu_engine_steep_gradients_equal_the_twin() {
+    let (mut longest, mut counted, mut uncounted) = (0, 0, 0);
+    for lengths in [vec![30; 9], vec![160], vec![96, 64, 20]] {
+        for bits in 17..26 {
+            let constants = config(40, 2, 1, 20, 40, 20, 1).constants();
+            let case = Steep { lengths: lengths.clone(), bits };
+            let record = check(&format!("{bits} bits, {lengths:?}"), &constants, &case);
+            longest = record[1].1.iter().copied().fold(longest, i64::max);
+            let saturated = record[2].1.iter().any(|&x| x > 0);
+            *if saturated { &mut counted } else { &mut uncounted } += 1;
+        }
+    }
+    assert!(longest > i64::from(i32::MAX) && counted > 5 && uncounted > 5, "{counted}");
+}

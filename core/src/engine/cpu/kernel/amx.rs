@@ -84,9 +84,9 @@ impl Drop for Unit {
 /// Sums of 32 rows by 32 columns.
 #[repr(C, align(64))]
 pub(crate) struct Sums {
-    /// `[row half][column half][16][16]`.
+    /// `[row half][column half][16][16]`, without the last block.
     sums: [i32; SIDE * SIDE],
-    /// The terms of one block, in the same order.
+    /// The terms of the last block, in the same order.
     terms: [f32; SIDE * SIDE],
 }
 
@@ -225,16 +225,6 @@ impl Sums {
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
             );
-            self.add_terms();
-        }
-    }
-
-    /// Adds the rounded terms of the last block.
-    #[target_feature(enable = "avx512f")]
-    fn add_terms(&mut self) {
-        for (sum, term) in self.sums.iter_mut().zip(&self.terms) {
-            // SAFETY: the terms are below 2^31.
-            *sum = sum.wrapping_add(unsafe { term.round_ties_even().to_int_unchecked::<i32>() });
         }
     }
 
@@ -242,9 +232,13 @@ impl Sums {
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn vector(&self, r: usize, half: usize) -> __m512i {
-        let from = &self.sums[(r / 16 * 2 + half) * 256 + r % 16 * 16..][..16];
-        // SAFETY: 16 values.
-        unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+        let at = (r / 16 * 2 + half) * 256 + r % 16 * 16;
+        let (sums, terms) = (&self.sums[at..at + 16], &self.terms[at..at + 16]);
+        // SAFETY: 16 values each.
+        unsafe {
+            let terms = _mm512_cvtps_epi32(_mm512_load_ps(terms.as_ptr()));
+            _mm512_add_epi32(_mm512_load_si512(sums.as_ptr().cast()), terms)
+        }
     }
 
     /// `out = sat(sums)`, or with `add` `out = sat(out + sat(sums))`, over `rows` rows of `width`
