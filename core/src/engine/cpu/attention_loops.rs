@@ -7,7 +7,7 @@ use super::heads::{HEAD_MAX, rotate};
 use super::kernel::{EXPONENT_SHIFT, TILE, ZERO_EXPONENT};
 use super::pack::{GROUP, Strip, magnitudes, scatter, strip, strip_folded};
 use super::path::simd;
-use super::scalar::{mulsh_wide, sat};
+use super::scalar::{could_clamp, flag, mulsh_wide, sat};
 
 simd! {
     /// One row of `dS` from `dP` in place, over whole blocks; `p` is zero beyond the diagonal.
@@ -20,8 +20,19 @@ simd! {
             mean += mulsh_wide(d, p, 24);
         }
         let mean = sat(mean, &mut count);
-        for (d, &p) in dp.iter_mut().zip(p) {
-            *d = sat(mulsh_wide(d.wrapping_sub(mean), p, 24), &mut count);
+        // A probability is at most 1: a clamp takes a difference that would be clamped too.
+        let mut flags = 0;
+        for &d in &*dp {
+            flags |= flag(i64::from(d) - i64::from(mean));
+        }
+        if could_clamp(flags) {
+            for (d, &p) in dp.iter_mut().zip(p) {
+                *d = sat(mulsh_wide(d.wrapping_sub(mean), p, 24), &mut count);
+            }
+        } else {
+            for (d, &p) in dp.iter_mut().zip(p) {
+                *d = mulsh_wide(*d - mean, p, 24) as i32;
+            }
         }
         count.cast_unsigned()
     }

@@ -7,8 +7,8 @@ use super::Cpu;
 use super::kernel::{Count, Job, Kind, PANEL, TILE, bias, fast_limit, run};
 use super::operands::{Packed, Panels};
 use super::path::simd;
-use super::scalar::sat;
 use super::workers::Shared;
+use manyhands_shaders::x1::LIM;
 
 /// What to do with a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,11 +29,14 @@ const FAR: usize = 640 << 10;
 simd! {
     /// `to = sat(to + from)`: the number of clamps.
     pub(super) fn add_saturating(to: &mut [i32], from: &[i32]) -> u64 {
-        let mut count = 0;
+        let mut count = 0_u32;
         for (a, &b) in to.iter_mut().zip(from) {
-            *a = sat(i64::from(*a) + i64::from(b), &mut count);
+            // Both are within the limit: the sum cannot wrap.
+            let sum = *a + b;
+            *a = sum.clamp(-LIM, LIM);
+            count += u32::from(*a != sum);
         }
-        count.cast_unsigned()
+        count.into()
     }
 }
 

@@ -13,7 +13,7 @@ use super::kernel::{
     EXPONENT_SHIFT, PANEL, PANEL_BLOCK, PANEL_EXPONENTS, TILE, TILE_BLOCK, ZERO_EXPONENT,
 };
 use super::path::simd;
-use super::scalar::{rne64, sat};
+use super::scalar::{could_clamp, flag, rne64, sat};
 use super::workers::Shared;
 use super::{Cpu, Tensor};
 use crate::engine::{Batch, copy_part};
@@ -119,11 +119,22 @@ pub(super) fn rotate(
     let (low, high) = out[..2 * half].split_at_mut(half);
     let (a, b) = x[..2 * half].split_at(half);
     let sin = &sin[..half];
-    for i in 0..half {
+    let turned = |i: usize| {
         let (c, s) = (i64::from(cos[i]), i64::from(sin[i]) * sign);
         let (a, b) = (i64::from(a[i]), i64::from(b[i]));
-        low[i] = sat(rne64(a * c - b * s, 14), count);
-        high[i] = sat(rne64(b * c + a * s, 14), count);
+        (rne64(a * c - b * s, 14), rne64(b * c + a * s, 14))
+    };
+    let mut flags = 0;
+    for i in 0..half {
+        let (x, y) = turned(i);
+        flags |= flag(x) | flag(y);
+        (low[i], high[i]) = (x as i32, y as i32);
+    }
+    if could_clamp(flags) {
+        for i in 0..half {
+            let (x, y) = turned(i);
+            (low[i], high[i]) = (sat(x, count), sat(y, count));
+        }
     }
 }
 

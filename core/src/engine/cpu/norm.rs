@@ -14,7 +14,7 @@ use super::kernel::{PANEL, PANEL_BLOCK, PANEL_EXPONENTS};
 use super::operands::Panels;
 use super::path::simd;
 use super::quantize::{self, put, whole};
-use super::scalar::{could_clamp, mulsh, mulsh_pair, mulsh_wide, pairs, sat, unpairs};
+use super::scalar::{could_clamp, flag, mulsh, mulsh_pair, mulsh_wide, pairs, sat, unpairs};
 use super::workers::Shared;
 use super::{Cpu, Tensor};
 
@@ -121,18 +121,41 @@ simd! {
         let (unit, gain, gain_grad, du) =
             (&unit[..n], &gain[..n], &mut gain_grad[..n], &mut du[..n]);
         let mut count = 0;
-        let mut projection = 0_i64;
+        let (mut projection, mut flags) = (0_i64, 0);
         for i in 0..n {
-            gain_grad[i] += i64::from(mulsh(dn[i], unit[i], TO_SHARE, &mut count));
-            let d = mulsh(dn[i], gain[i], 12, &mut count);
-            du[i] = d;
-            projection += i64::from(mulsh(d, unit[i], 16, &mut count));
+            let share = mulsh_wide(dn[i], unit[i], TO_SHARE);
+            let d = mulsh_wide(dn[i], gain[i], 12);
+            let along = mulsh_wide(d as i32, unit[i], 16);
+            flags |= flag(share) | flag(d) | flag(along);
+            gain_grad[i] += share;
+            du[i] = d as i32;
+            projection += along;
+        }
+        if could_clamp(flags) {
+            projection = 0;
+            for i in 0..n {
+                gain_grad[i] -= mulsh_wide(dn[i], unit[i], TO_SHARE);
+                gain_grad[i] += i64::from(mulsh(dn[i], unit[i], TO_SHARE, &mut count));
+                du[i] = mulsh(dn[i], gain[i], 12, &mut count);
+                projection += i64::from(mulsh(du[i], unit[i], 16, &mut count));
+            }
         }
         let projection = sat(projection, &mut count);
         let mean = mulsh(projection, inverse_width, 20, &mut count);
+        let mut flags = 0;
         for i in 0..n {
-            let along = mulsh(unit[i], mean, 16, &mut count);
-            du[i] = sat(mulsh_wide(du[i] - along, scale, shift), &mut count);
+            let along = mulsh_wide(unit[i], mean, 16);
+            let d = mulsh_wide(du[i].wrapping_sub(along as i32), scale, shift);
+            flags |= flag(along) | flag(d);
+            du[i] = d as i32;
+        }
+        if could_clamp(flags) {
+            for i in 0..n {
+                // Counted above.
+                let d = mulsh(dn[i], gain[i], 12, &mut 0);
+                let along = mulsh(unit[i], mean, 16, &mut count);
+                du[i] = mulsh(d - along, scale, shift, &mut count);
+            }
         }
         count.cast_unsigned()
     }

@@ -75,6 +75,13 @@ fn join(low: i32, high: i32) -> u64 {
     u64::from(low.cast_unsigned()) | u64::from(high.cast_unsigned()) << 32
 }
 
+/// What [`could_clamp`] needs of a result.
+#[inline(always)]
+pub(super) fn flag(x: i64) -> u64 {
+    const HALF: i64 = 1 << 29;
+    x.wrapping_add(HALF).cast_unsigned()
+}
+
 /// [`mulsh_wide`] of two pairs, and into `flags` what [`could_clamp`] needs.
 #[inline(always)]
 pub(super) fn mulsh_pair(a: u64, b: u64, s: u32, flags: &mut u64) -> u64 {
@@ -82,12 +89,11 @@ pub(super) fn mulsh_pair(a: u64, b: u64, s: u32, flags: &mut u64) -> u64 {
     let high = |x: u64| x.cast_signed() >> 32;
     let x = rne64(low(a) * low(b), s);
     let y = rne64(high(a) * high(b), s);
-    const HALF: i64 = 1 << 29;
-    *flags |= (x.wrapping_add(HALF) | y.wrapping_add(HALF)).cast_unsigned();
+    *flags |= flag(x) | flag(y);
     (x.cast_unsigned() & 0xffff_ffff) | (y.cast_unsigned() << 32)
 }
 
-/// Whether any result that went into `flags` was 2^29 or more in magnitude.
+/// Whether any result of which `flags` is the union was 2^29 or more in magnitude.
 #[inline(always)]
 pub(super) fn could_clamp(flags: u64) -> bool {
     flags >> 30 != 0
