@@ -5,7 +5,7 @@
 #![expect(unsafe_code, reason = "calls of functions compiled for detected instructions")]
 
 use std::arch::x86_64::*;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use manyhands_shaders::bfp::{BLOCK, WEIGHT_BITS};
 use manyhands_shaders::twin::{GRADIENT_FRACTION, SHARE_FRACTION, Site};
@@ -170,9 +170,9 @@ pub(super) fn matmul(cpu: &Cpu, product: &Product<'_>, b: &Packed, f: i32) {
                     // SAFETY: both operands have `blocks` blocks; each (part, tile) of the output
                     // is written by one index only.
                     unsafe {
-                        let b = right.as_ptr();
-                        sums.product(&unit, left[from..].as_ptr(), b, blocks);
+                        let (a, b) = (left[from..].as_ptr(), right.as_ptr());
                         let out = product.out.pointer(at, (rows - 1) * cols + width);
+                        sums.product(&unit, a, b, blocks, out.cast(), cols * 4);
                         events.1 +=
                             sums.store(out, cols, rows, width, product.output == Output::Add);
                     }
@@ -185,19 +185,18 @@ pub(super) fn matmul(cpu: &Cpu, product: &Product<'_>, b: &Packed, f: i32) {
 }
 
 /// Digits of one token block of `dy` (rows, O) along tokens, as 10-bit left operand in
-/// `FX(SHARE_FRACTION)`, for every 32 channels, of which `tops` gets the largest exponent.
+/// `FX(SHARE_FRACTION)`, for every 32 channels. Returns the largest exponent. `any` is scratch.
 #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
 fn left_channels<'a>(
     dy: &[i32],
     cols: usize,
     any: &mut [u32],
     to: impl Iterator<Item = &'a mut [u16]>,
-    tops: &mut [i32],
-) {
+) -> i32 {
     let rows = dy.len() / cols;
     union_of_rows(dy, cols, any);
-    let sides = any.as_chunks::<SIDE>().0.iter().zip(tops);
-    for ((side, (any, top)), to) in sides.enumerate().zip(to) {
+    let mut top = ZERO_EXPONENT;
+    for ((side, any), to) in any.as_chunks::<SIDE>().0.iter().enumerate().zip(to) {
         let width = SIDE.min(cols - side * SIDE);
         let x = &dy[side * SIDE..];
         let mut pairs: Strip = [[0; SIDE]; BLOCK / 2];
@@ -209,9 +208,10 @@ fn left_channels<'a>(
                 *to = [*x as i16, (*x >> 16) as i16];
             }
             split(&terms, power(e + (SHARE_FRACTION << EXPONENT_SHIFT)), to, i);
-            *top = (*top).max(e);
+            top = top.max(e);
         }
     }
+    top
 }
 
 /// `grad` (O, C) `+= dy^T x`, for many rows; false if exponents do not prove that no term is
@@ -228,11 +228,10 @@ pub(super) fn weight_gradient(
     let tiles = cols.div_ceil(SIDE);
     let sides = rows.div_ceil(SIDE);
     let mut left = cpu.pool.take::<u16>(sides * blocks * DIGITS);
-    let tops = Mutex::new(vec![ZERO_EXPONENT; sides]);
+    let top = AtomicI32::new(ZERO_EXPONENT);
     let digits = Shared::new(&mut left);
     cpu.workers.ranges(blocks, 1, dy.data.len() / 2, |range| {
         let mut any = vec![0; sides * SIDE];
-        let mut own = vec![ZERO_EXPONENT; sides];
         for block in range {
             let token = &tokens.blocks[block];
             let dy = &dy.data[token.first_row * rows..(token.first_row + token.rows) * rows];
@@ -240,14 +239,11 @@ pub(super) fn weight_gradient(
             unsafe {
                 let to =
                     (0..sides).map(|side| digits.part((side * blocks + block) * DIGITS, DIGITS));
-                left_channels(dy, rows, &mut any, to, &mut own);
+                top.fetch_max(left_channels(dy, rows, &mut any, to), Ordering::Relaxed);
             }
         }
-        let mut tops = tops.lock().unwrap_or_else(PoisonError::into_inner);
-        tops.iter_mut().zip(own).for_each(|(top, own)| *top = own.max(*top));
     });
-    let tops = tops.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let top = tops.iter().chain(std::iter::once(&ZERO_EXPONENT)).max().copied().unwrap_or(0);
+    let top = top.into_inner();
     let x_top = x.block_max.iter().max().copied().unwrap_or(0);
     if top + x_top + bias(SHARE_FRACTION) > fast_limit(cpu.path, tokens.longest) {
         return false;
@@ -275,8 +271,8 @@ pub(super) fn weight_gradient(
                 unsafe {
                     let a = left[(side * blocks + from) * DIGITS..].as_ptr();
                     let b = right[from * DIGITS..].as_ptr();
-                    sums.product(&unit, a, b, n);
                     let out = shared.pointer(at, (rows - 1) * cols + width);
+                    sums.product(&unit, a, b, n, out.cast(), cols * 8);
                     sums.spill(out, cols, rows, width);
                 }
             }
@@ -342,7 +338,8 @@ mod tests {
             let mut out = [0; SIDE * SIDE];
             // SAFETY: both have all blocks; the output has all rows.
             unsafe {
-                sums.product(&unit, left.as_ptr(), right.as_ptr(), BLOCKS);
+                let to = out.as_ptr().cast();
+                sums.product(&unit, left.as_ptr(), right.as_ptr(), BLOCKS, to, SIDE * 4);
                 sums.store(out.as_mut_ptr(), SIDE, SIDE, SIDE, false);
             }
             for r in 0..SIDE {

@@ -2,7 +2,8 @@
 //!
 //! Bit-identical to [`super::twin::Twin`] in every output and every saturation count, for every
 //! [`Path`] and every number of threads. Start reading at `kernel` (the product and its layouts),
-//! then `gemm`, `weight_gradient` and `attention`. The other modules are one operation each.
+//! then `gemm`, `weight_gradient` and `attention`; `amx` has large products once more, for tile
+//! units. The other modules are one operation each.
 //!
 //! How exactness survives the speed: a value is either computed by integer instructions as its
 //! definition says, or by f32 instructions on integers that f32 holds exactly with one rounding to

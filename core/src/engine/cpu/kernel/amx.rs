@@ -127,6 +127,13 @@ macro_rules! whole_block {
     };
 }
 
+/// Brings one row of the output near.
+macro_rules! prefetch {
+    () => {
+        "prefetcht0 [{out}]\nprefetcht0 [{out} + 64]\nadd {out}, {row}\n"
+    };
+}
+
 /// One block: 4 tiles of sums from 2 by 2 halves, for all 4 pairs of digits. The tiles of the
 /// block before are stored one by one as each is needed, and flushed between the products: the
 /// unit never waits for them.
@@ -151,20 +158,20 @@ macro_rules! block {
             "tileloadd tmm6, [{b} + {stride}*1 + 2048]\n",
             "tdpbf16ps tmm0, tmm4, tmm6\n", $f0,
             "tileloadd tmm7, [{b} + {stride}*1 + 3072]\n",
-            "tdpbf16ps tmm1, tmm4, tmm7\n", $f1,
+            "tdpbf16ps tmm1, tmm4, tmm7\n", $f1, prefetch!(),
             "tdpbf16ps tmm2, tmm5, tmm6\n", $f2,
             "tdpbf16ps tmm3, tmm5, tmm7\n", $f3,
             "tileloadd tmm4, [{a} + {stride}*1 + 2048]\n",
-            "tdpbf16ps tmm0, tmm4, tmm6\n", $f4,
+            "tdpbf16ps tmm0, tmm4, tmm6\n", $f4, prefetch!(),
             "tdpbf16ps tmm1, tmm4, tmm7\n", $f5,
             "tileloadd tmm5, [{a} + {stride}*1 + 3072]\n",
             "tdpbf16ps tmm2, tmm5, tmm6\n", $f6,
-            "tdpbf16ps tmm3, tmm5, tmm7\n", $f7,
+            "tdpbf16ps tmm3, tmm5, tmm7\n", $f7, prefetch!(),
             "tileloadd tmm6, [{b} + {stride}*1]\n",
             "tdpbf16ps tmm0, tmm4, tmm6\n", $f8,
             "tileloadd tmm7, [{b} + {stride}*1 + 1024]\n",
             "tdpbf16ps tmm1, tmm4, tmm7\n", $f9,
-            "tdpbf16ps tmm2, tmm5, tmm6\n", $f10,
+            "tdpbf16ps tmm2, tmm5, tmm6\n", $f10, prefetch!(),
             "tdpbf16ps tmm3, tmm5, tmm7\n", $f11,
             "add {a}, 4096\n",
             "add {b}, 4096\n",
@@ -178,7 +185,8 @@ impl Sums {
         Self { sums: [0; SIDE * SIDE], terms: [0.0; SIDE * SIDE] }
     }
 
-    /// Sums the rounded products of `blocks` blocks of digits, wrapping.
+    /// Sums the rounded products of `blocks` blocks of digits, wrapping. Brings rows of the output
+    /// near, which are `row` bytes apart from `out`, 4 a block.
     ///
     /// # Safety
     /// `blocks > 0`, and `a` and `b` point to [`DIGITS`] digits for each. Terms are below 2^31.
@@ -188,6 +196,8 @@ impl Sums {
         a: *const u16,
         b: *const u16,
         blocks: usize,
+        out: *const u8,
+        row: usize,
     ) {
         debug_assert!(blocks > 0, "a product without terms");
         // SAFETY: reads the caller's digits, writes `self`, and tells of all registers it changes.
@@ -217,6 +227,8 @@ impl Sums {
                 a = inout(reg) a => _,
                 b = inout(reg) b => _,
                 blocks = inout(reg) blocks => _,
+                out = inout(reg) out => _,
+                row = in(reg) row,
                 terms = in(reg) self.terms.as_mut_ptr(),
                 sums = in(reg) self.sums.as_mut_ptr(),
                 stride = in(reg) 64_usize,
