@@ -99,6 +99,17 @@ fn right_tile(mantissas: &[i16], exponents: &[i32], step: usize, to: &mut [u16])
     }
 }
 
+/// Brings one of so many parts of a tile's mantissas to L2, for the products after these.
+#[inline]
+fn prefetch(mantissas: &[i16], part: usize, parts: usize) {
+    let lines = mantissas.as_chunks::<32>().0;
+    let step = lines.len().div_ceil(parts);
+    for line in lines.iter().skip(part * step).take(step) {
+        // SAFETY: a hint.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+    }
+}
+
 /// Digits of rows `first..first + rows` of panels times `2^f`: `[side of 32 rows][block]`. In the
 /// order of the panels, a line after the other.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -136,6 +147,7 @@ pub(super) fn matmul(cpu: &Cpu, product: &Product<'_>, b: &Packed, f: i32) {
         let sides = rows.div_ceil(SIDE);
         let mut left = cpu.pool.take::<u16>(sides * blocks * DIGITS);
         let mut right = cpu.pool.take::<u16>(blocks * DIGITS);
+        let len = blocks * TILE_BLOCK;
         // SAFETY: the path is available.
         unsafe { left_rows(a, first, rows, f, &mut left) };
         // The largest exponent of each block in the rows of a part.
@@ -153,7 +165,7 @@ pub(super) fn matmul(cpu: &Cpu, product: &Product<'_>, b: &Packed, f: i32) {
         for tile in 0..b.tiles {
             let width = SIDE.min(cols - tile * SIDE);
             let exponents = &b.exponents[tile * blocks..][..blocks];
-            let mantissas = &b.mantissas[tile * blocks * TILE_BLOCK..][..blocks * TILE_BLOCK];
+            let (mantissas, after) = b.mantissas[tile * len..].split_at(len);
             right_tile(mantissas, exponents, 1, &mut right);
             for (part, tops) in parts.clone().zip(tops.chunks_exact(blocks)) {
                 let end = (part + PART).min(a.rows);
@@ -165,7 +177,9 @@ pub(super) fn matmul(cpu: &Cpu, product: &Product<'_>, b: &Packed, f: i32) {
                 }
                 for row in (part..end).step_by(SIDE) {
                     let rows = SIDE.min(end - row);
-                    let from = (row - first) / SIDE * blocks * DIGITS;
+                    let side = (row - first) / SIDE;
+                    prefetch(&after[..len.min(after.len())], side, sides);
+                    let from = side * blocks * DIGITS;
                     let at = row * cols + tile * SIDE;
                     // SAFETY: both operands have `blocks` blocks; each (part, tile) of the output
                     // is written by one index only.
@@ -260,8 +274,10 @@ pub(super) fn weight_gradient(
         let width = SIDE.min(cols - tile * SIDE);
         let (m, e) = (blocks * TILE_BLOCK, blocks * SIDE);
         let mut right = cpu.pool.take::<u16>(blocks * DIGITS);
-        right_tile(&x.mantissas[tile * m..][..m], &x.exponents[tile * e..][..e], SIDE, &mut right);
+        let (mantissas, after) = x.mantissas[tile * m..].split_at(m);
+        right_tile(mantissas, &x.exponents[tile * e..][..e], SIDE, &mut right);
         for side in first..sides.min(first + group) {
+            prefetch(&after[..m.min(after.len())], side - first, group.min(sides - first));
             let rows = SIDE.min(rows - side * SIDE);
             let at = side * SIDE * cols + tile * SIDE;
             for from in (0..blocks).step_by(fit) {

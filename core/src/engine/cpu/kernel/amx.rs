@@ -297,6 +297,12 @@ impl Sums {
     #[target_feature(enable = "avx512f")]
     pub(crate) unsafe fn spill(&self, out: *mut i64, stride: usize, rows: usize, width: usize) {
         for r in 0..rows {
+            for line in 2..4 {
+                // What the product did not bring near, some rows ahead.
+                let ahead = out.wrapping_add((r + 8) * stride + line * 8);
+                // SAFETY: a hint.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.cast()) };
+            }
             for half in 0..2 {
                 let (x, mask) = (self.vector(r, half), mask(width, half));
                 let quarters = [_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64::<1>(x)];
