@@ -300,8 +300,7 @@ impl Sums {
             for line in 2..4 {
                 // What the product did not bring near, some rows ahead.
                 let ahead = out.wrapping_add((r + 8) * stride + line * 8);
-                // SAFETY: a hint.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.cast()) };
+                _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
             }
             for half in 0..2 {
                 let (x, mask) = (self.vector(r, half), mask(width, half));
