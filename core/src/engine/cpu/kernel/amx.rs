@@ -127,10 +127,17 @@ macro_rules! whole_block {
     };
 }
 
-/// Brings one row of the output near.
+/// Brings a row of each half of the output near.
 macro_rules! prefetch {
     () => {
-        "prefetcht0 [{out}]\nprefetcht0 [{out} + 64]\nadd {out}, {row}\n"
+        concat!(
+            "prefetcht0 [{upper}]\n",
+            "prefetcht0 [{upper} + 64]\n",
+            "prefetcht0 [{lower}]\n",
+            "prefetcht0 [{lower} + 64]\n",
+            "add {upper}, {row}\n",
+            "add {lower}, {row}\n",
+        )
     };
 }
 
@@ -175,6 +182,9 @@ macro_rules! block {
             "tdpbf16ps tmm3, tmm5, tmm7\n", $f11,
             "add {a}, 4096\n",
             "add {b}, 4096\n",
+            // Four blocks bring all rows; from then on the same addresses again.
+            "dec {left}\n",
+            "cmovz {row}, {zero}\n",
         )
     };
 }
@@ -185,8 +195,8 @@ impl Sums {
         Self { sums: [0; SIDE * SIDE], terms: [0.0; SIDE * SIDE] }
     }
 
-    /// Sums the rounded products of `blocks` blocks of digits, wrapping. Brings rows of the output
-    /// near, which are `row` bytes apart from `out`, 4 a block.
+    /// Sums the rounded products of `blocks` blocks of digits, wrapping. Brings the output near,
+    /// whose rows are `row` bytes apart from `out`.
     ///
     /// # Safety
     /// `blocks > 0`, and `a` and `b` point to [`DIGITS`] digits for each. Terms are below 2^31.
@@ -227,8 +237,11 @@ impl Sums {
                 a = inout(reg) a => _,
                 b = inout(reg) b => _,
                 blocks = inout(reg) blocks => _,
-                out = inout(reg) out => _,
-                row = in(reg) row,
+                upper = inout(reg) out => _,
+                lower = inout(reg) out.wrapping_add(SIDE / 2 * row) => _,
+                row = inout(reg) row => _,
+                left = inout(reg) 4_usize => _,
+                zero = in(reg) 0_usize,
                 terms = in(reg) self.terms.as_mut_ptr(),
                 sums = in(reg) self.sums.as_mut_ptr(),
                 stride = in(reg) 64_usize,
