@@ -56,14 +56,19 @@ export async function until(what, look, patience_ms = PATIENCE_MS) {
   }
 }
 
-/** A free port. */
+/** A free port, of those that no outgoing connection is given: it stays free until it is used. */
 export async function free() {
-  const server = createServer().listen(0, "127.0.0.1");
-  await once(server, "listening");
-  const { port } = server.address();
-  server.close();
-  await once(server, "close");
-  return port;
+  for (;;) {
+    const server = createServer();
+    const port = 20000 + Math.floor(Math.random() * 12000);
+    const listening = await new Promise((resolve) => {
+      server.once("listening", () => resolve(true)).once("error", () => resolve(false)).listen(port, "127.0.0.1");
+    });
+    if (!listening) continue;
+    server.close();
+    await once(server, "close");
+    return port;
+  }
 }
 
 function start(args, log) {
@@ -105,7 +110,10 @@ export async function startHost({ runFile, dir, args = [] }) {
   const http = args.includes("--http") ? [] : ["--http", "127.0.0.1:0"];
   const log = `${dir}.log`;
   const host = start(["host", runFile, "--dir", dir, "--listen", "127.0.0.1", ...http, ...args], log);
+  let over = false;
+  host.ended.then(() => (over = true));
   const url = await until(`the host is up; it says ${log}`, () => {
+    if (over) throw new Error(`the host ended: ${readFileSync(log, "utf8")}`);
     return existsSync(join(dir, "url")) && readFileSync(join(dir, "url"), "utf8");
   });
   // WebGPU takes a secure context, which 127.0.0.1 is too.
