@@ -10,12 +10,12 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use manyhands_shaders::bfp::{BLOCK, WEIGHT_BITS};
 use manyhands_shaders::twin::{GRADIENT_FRACTION, SHARE_FRACTION, Site};
 
-use super::gemm::{Output, Product};
+use super::gemm::{Output, PANEL_BLOCK_NS, Product};
 use super::kernel::amx::{DIGITS, SIDE, Sums, Unit, transpose};
 use super::kernel::{
     EXPONENT_SHIFT, PANEL, PANEL_EXPONENTS, TILE_BLOCK, ZERO_EXPONENT, bias, fast_limit,
 };
-use super::operands::{Packed, Panels};
+use super::operands::Panels;
 use super::pack::{Strip, strip, union_of_rows};
 use super::weight_gradient::{AlongTokens, TokenBlocks, terms_that_fit};
 use super::workers::Shared;
@@ -132,12 +132,13 @@ fn left_rows(x: &Panels, first: usize, rows: usize, f: i32, to: &mut [u16]) {
 }
 
 /// As [`super::gemm::matmul`], for many rows.
-pub(super) fn matmul(cpu: &Cpu, product: &Product<'_>, b: &Packed, f: i32) {
-    let (a, cols, blocks) = (product.a, product.cols, product.a.blocks);
+pub(super) fn matmul(product: &Product<'_>) {
+    let &Product { cpu, a, b, cols, f, .. } = product;
+    let blocks = a.blocks;
     let near = (a.rows * blocks * DIGITS / SIDE * 2 + LEFT_BYTES / 2) / LEFT_BYTES;
     let group = a.rows.div_ceil(near.max(cpu.workers.threads())).next_multiple_of(PART);
     let groups = a.rows.div_ceil(group);
-    let limit = fast_limit(cpu.path, blocks) - bias(f);
+    let limit = product.limit - bias(f);
     cpu.workers.each(groups, product.cost(), |i| {
         // SAFETY: the path is available.
         let unit = unsafe { Unit::new() };
@@ -266,7 +267,8 @@ pub(super) fn weight_gradient(
     let shared = Shared::new(grad);
     let group = (LEFT_BYTES / (blocks * DIGITS * 2)).max(1);
     let groups = sides.div_ceil(group);
-    cpu.workers.each(groups * tiles, usize::MAX, |i| {
+    let cost = rows * tiles * blocks * PANEL_BLOCK_NS / PANEL;
+    cpu.workers.each(groups * tiles, cost, |i| {
         let (first, tile) = (i / tiles * group, i % tiles);
         // SAFETY: the path is available.
         let unit = unsafe { Unit::new() };

@@ -20,7 +20,7 @@ simd! {
             mean += mulsh_wide(d, p, 24);
         }
         let mean = sat(mean, &mut count);
-        // A probability is at most 1: a clamp takes a difference that would be clamped too.
+        // A probability is at most 1: a difference far below the limit stays there.
         let mut flags = 0;
         for &d in &*dp {
             flags |= flag(i64::from(d) - i64::from(mean));

@@ -2,13 +2,13 @@
 #![expect(unsafe_code, reason = "drives kernels over raw panels")]
 
 use manyhands_shaders::twin::{ACTIVATION_FRACTION, GRADIENT_FRACTION, Site};
+use manyhands_shaders::x1::LIM;
 
 use super::Cpu;
 use super::kernel::{Count, Job, Kind, PANEL, TILE, bias, fast_limit, run};
 use super::operands::{Packed, Panels};
 use super::path::simd;
 use super::workers::Shared;
-use manyhands_shaders::x1::LIM;
 
 /// What to do with a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,15 +45,18 @@ pub(super) const PANEL_BLOCK_NS: usize = 60;
 
 /// A product in the making.
 pub(super) struct Product<'a> {
-    cpu: &'a Cpu,
+    pub(super) cpu: &'a Cpu,
     /// (R, K).
     pub(super) a: &'a Panels,
-    b: &'a Packed,
+    /// (K, N).
+    pub(super) b: &'a Packed,
     /// Columns of the output.
     pub(super) cols: usize,
-    f: i32,
+    /// Fraction of the output.
+    pub(super) f: i32,
     count: Count,
-    limit: i32,
+    /// From [`fast_limit`].
+    pub(super) limit: i32,
     /// (R, `cols`).
     pub(super) out: Shared<'a, i32>,
     pub(super) output: Output,
@@ -129,7 +132,7 @@ pub(super) fn matmul(
     let product = Product { cpu, a, b, cols, f, count, limit, out: Shared::new(out), output };
     #[cfg(target_arch = "x86_64")]
     if super::amx::pays(cpu.path, a.rows) {
-        return super::amx::matmul(cpu, &product, b, f);
+        return super::amx::matmul(&product);
     }
     let panels = a.rows.div_ceil(PANEL);
     let near = b.mantissas.len() * 2 <= FAR;

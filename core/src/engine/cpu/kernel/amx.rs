@@ -4,8 +4,9 @@
 //! the sum of two bf16, its upper 8 bits and the rest, both of its sign: a product of mantissas is
 //! the sum of four exact products of that sign. So any sum of any of them, in whatever order the
 //! unit adds, is at most the sum of the magnitudes of 32 products, an integer below 2^24: exact in
-//! f32. Digits carry their block's exponent; a power of two changes no rounding. What comes out
-//! of the unit is therefore `d * 2^-s` itself, and one conversion rounds it to nearest even.
+//! f32. Digits carry their block's exponent: a power of two changes no rounding, and exponents, of
+//! which none is below -60 or above 40, leave f32 nothing subnormal or infinite. What comes out of
+//! the unit is therefore `d * 2^-s` itself, and one conversion rounds it to nearest even.
 //!
 //! Operands are digits, `[block][digit][half][16][32]`: of the left 16 rows of 32 terms a half, of
 //! the right 16 pairs of terms by 16 columns.
