@@ -85,7 +85,7 @@ test("the run shows what the API says, and every chart has its data", async () =
     return now.state === "done" && now;
   });
   const { page, close } = await open("run");
-  await page.getByRole("heading", { level: 1, name: "page-test" }).waitFor();
+  await page.getByRole("heading", { level: 1, name: "page-test", exact: true }).waitFor();
   const view = page.locator("#run");
   await view.getByText(`Step ${status.ordinal} of ${status.steps}`).waitFor();
   for (const name of ["Reward", "pass@1 and pass@k", "Token entropy", "Answer entropy", "KL to the reference", "Policy lag", "Speed", "Loss"]) {
@@ -274,7 +274,7 @@ test("the keyboard reaches everything in order, and the focus can be seen", asyn
   for (let i = 0; i < 5; i += 1) await page.keyboard.press("Shift+Tab");
   assert.equal((await focused()).name, "The run");
   await page.keyboard.press("Enter");
-  await page.getByRole("heading", { level: 1, name: "page-test" }).waitFor();
+  await page.getByRole("heading", { level: 1, name: "page-test", exact: true }).waitFor();
   assert.equal((await page.evaluate(() => document.activeElement.id)), "view");
   assert.match(await page.title(), /^The run/);
   await close();
@@ -295,7 +295,7 @@ test("the chosen colours stay", async () => {
 
 test("a host that goes away is told, and comes back by itself", async () => {
   const { page, close } = await open("run");
-  await page.getByRole("heading", { level: 1, name: "page-test" }).waitFor();
+  await page.getByRole("heading", { level: 1, name: "page-test", exact: true }).waitFor();
   await page.route("**/api/status", (route) => route.abort());
   await page.getByText("The coordination peer does not answer.").waitFor();
   await page.unroute("**/api/status");

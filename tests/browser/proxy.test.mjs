@@ -67,7 +67,7 @@ async function look(t, url, spki) {
   });
   const events = page.waitForResponse((response) => response.url().endsWith("/api/events"));
   await page.goto(`${url}/#/run`);
-  await page.getByRole("heading", { level: 1, name: "page-test" }).waitFor();
+  await page.getByRole("heading", { level: 1, name: "page-test", exact: true }).waitFor();
   assert.equal((await events).status(), 200);
   assert.equal(await page.evaluate(() => isSecureContext), true);
   const hello = await page.evaluate(() => new Promise((resolve) => {
