@@ -11,13 +11,14 @@ use manyhands_shaders::bfp::{BLOCK, WEIGHT_BITS};
 use manyhands_shaders::twin::{GRADIENT_FRACTION, SHARE_FRACTION, Site};
 
 use super::gemm::{Output, PANEL_BLOCK_NS, Product};
-use super::kernel::amx::{DIGITS, SIDE, Sums, Unit, transpose};
+use super::gradient::Gradient;
+use super::kernel::amx::{At, DIGITS, Products, SIDE, Sums, Unit, transpose};
 use super::kernel::{
     EXPONENT_SHIFT, PANEL, PANEL_EXPONENTS, TILE_BLOCK, ZERO_EXPONENT, bias, fast_limit,
 };
 use super::operands::Panels;
 use super::pack::{Strip, strip, union_of_rows};
-use super::weight_gradient::{AlongTokens, TokenBlocks, terms_that_fit};
+use super::weight_gradient::{AlongTokens, TokenBlocks, largest_term, terms_that_fit};
 use super::workers::Shared;
 use super::{Cpu, Path, Tensor};
 
@@ -99,17 +100,6 @@ fn right_tile(mantissas: &[i16], exponents: &[i32], step: usize, to: &mut [u16])
     }
 }
 
-/// Brings one of so many parts of a tile's mantissas to L2, for the products after these.
-#[inline]
-fn prefetch(mantissas: &[i16], part: usize, parts: usize) {
-    let lines = mantissas.as_chunks::<32>().0;
-    let step = lines.len().div_ceil(parts);
-    for line in lines.iter().skip(part * step).take(step) {
-        // SAFETY: a hint.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
-    }
-}
-
 /// Digits of rows `first..first + rows` of panels times `2^f`: `[side of 32 rows][block]`. In the
 /// order of the panels, a line after the other.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -148,6 +138,7 @@ pub(super) fn matmul(product: &Product<'_>) {
         let sides = rows.div_ceil(SIDE);
         let mut left = cpu.pool.take::<u16>(sides * blocks * DIGITS);
         let mut right = cpu.pool.take::<u16>(blocks * DIGITS);
+        let mut list = Vec::with_capacity(sides);
         let len = blocks * TILE_BLOCK;
         // SAFETY: the path is available.
         unsafe { left_rows(a, first, rows, f, &mut left) };
@@ -168,6 +159,7 @@ pub(super) fn matmul(product: &Product<'_>) {
             let exponents = &b.exponents[tile * blocks..][..blocks];
             let (mantissas, after) = b.mantissas[tile * len..].split_at(len);
             right_tile(mantissas, exponents, 1, &mut right);
+            list.clear();
             for (part, tops) in parts.clone().zip(tops.chunks_exact(blocks)) {
                 let end = (part + PART).min(a.rows);
                 if tops.iter().zip(exponents).any(|(a, b)| a + b > limit) {
@@ -177,22 +169,18 @@ pub(super) fn matmul(product: &Product<'_>) {
                     continue;
                 }
                 for row in (part..end).step_by(SIDE) {
-                    let rows = SIDE.min(end - row);
-                    let side = (row - first) / SIDE;
-                    prefetch(&after[..len.min(after.len())], side, sides);
-                    let from = side * blocks * DIGITS;
-                    let at = row * cols + tile * SIDE;
-                    // SAFETY: both operands have `blocks` blocks; each (part, tile) of the output
-                    // is written by one index only.
-                    unsafe {
-                        let (a, b) = (left[from..].as_ptr(), right.as_ptr());
-                        let out = product.out.pointer(at, (rows - 1) * cols + width);
-                        sums.product(&unit, a, b, blocks, out.cast(), cols * 4);
-                        events.1 +=
-                            sums.store(out, cols, rows, width, product.output == Output::Add);
-                    }
+                    let (at, rows) = (row * cols + tile * SIDE, SIDE.min(end - row));
+                    // SAFETY: each (part, tile) of the output is written by one index only.
+                    let out = unsafe { product.out.pointer(at, (rows - 1) * cols + width) };
+                    let a = left[(row - first) / SIDE * blocks * DIGITS..].as_ptr();
+                    list.push(At { a, out, rows });
                 }
             }
+            let add = product.output == Output::Add;
+            let (list, b, next) = (&list[..], right.as_ptr(), after.as_ptr());
+            let products = Products { list, b, blocks, stride: cols, width, add, next };
+            // SAFETY: all operands have `blocks` blocks.
+            events.1 += unsafe { sums.run(&unit, &products) };
         }
         cpu.tally.add(Site::Matmul, events.0);
         cpu.tally.add(Site::Residual, events.1);
@@ -237,7 +225,7 @@ pub(super) fn weight_gradient(
     x: &AlongTokens,
     tokens: &TokenBlocks,
     cols: usize,
-    grad: &mut [i64],
+    grad: &mut Gradient,
 ) -> bool {
     let (blocks, rows) = (tokens.blocks.len(), dy.cols);
     let tiles = cols.div_ceil(SIDE);
@@ -263,39 +251,38 @@ pub(super) fn weight_gradient(
     if top + x_top + bias(SHARE_FRACTION) > fast_limit(cpu.path, tokens.longest) {
         return false;
     }
-    let fit = terms_that_fit(top + x_top);
-    let shared = Shared::new(grad);
+    let term = largest_term(top + x_top);
+    let fit = terms_that_fit(term);
     let group = (LEFT_BYTES / (blocks * DIGITS * 2)).max(1);
     let groups = sides.div_ceil(group);
-    let cost = rows * tiles * blocks * PANEL_BLOCK_NS / PANEL;
-    cpu.workers.each(groups * tiles, cost, |i| {
-        let (first, tile) = (i / tiles * group, i % tiles);
-        // SAFETY: the path is available.
-        let unit = unsafe { Unit::new() };
-        let mut sums = Sums::new();
-        let width = SIDE.min(cols - tile * SIDE);
-        let (m, e) = (blocks * TILE_BLOCK, blocks * SIDE);
-        let mut right = cpu.pool.take::<u16>(blocks * DIGITS);
-        let (mantissas, after) = x.mantissas[tile * m..].split_at(m);
-        right_tile(mantissas, &x.exponents[tile * e..][..e], SIDE, &mut right);
-        for side in first..sides.min(first + group) {
-            prefetch(&after[..m.min(after.len())], side - first, group.min(sides - first));
-            let rows = SIDE.min(rows - side * SIDE);
-            let at = side * SIDE * cols + tile * SIDE;
-            for from in (0..blocks).step_by(fit) {
-                let n = fit.min(blocks - from);
-                // SAFETY: both operands have these blocks; each (side, tile) of the gradient is
-                // written by one index only.
-                unsafe {
+    for from in (0..blocks).step_by(fit) {
+        let n = fit.min(blocks - from);
+        let (grad, fresh) = grad.narrow(cpu, n as i64 * term);
+        let shared = Shared::new(grad);
+        let cost = rows * tiles * n * PANEL_BLOCK_NS / PANEL;
+        cpu.workers.each(groups * tiles, cost, |i| {
+            let (first, tile) = (i / tiles * group, i % tiles);
+            let width = SIDE.min(cols - tile * SIDE);
+            let at = tile * blocks + from;
+            let mut right = cpu.pool.take::<u16>(n * DIGITS);
+            let (mantissas, after) = x.mantissas[at * TILE_BLOCK..].split_at(n * TILE_BLOCK);
+            right_tile(mantissas, &x.exponents[at * SIDE..][..n * SIDE], SIDE, &mut right);
+            let list: Vec<At> = (first..sides.min(first + group))
+                .map(|side| {
                     let a = left[(side * blocks + from) * DIGITS..].as_ptr();
-                    let b = right[from * DIGITS..].as_ptr();
-                    let out = shared.pointer(at, (rows - 1) * cols + width);
-                    sums.product(&unit, a, b, n, out.cast(), cols * 8);
-                    sums.spill(out, cols, rows, width);
-                }
-            }
-        }
-    });
+                    let rows = SIDE.min(rows - side * SIDE);
+                    let at = side * SIDE * cols + tile * SIDE;
+                    // SAFETY: each (side, tile) of the gradient is written by one index only.
+                    let out = unsafe { shared.pointer(at, (rows - 1) * cols + width) };
+                    At { a, out, rows }
+                })
+                .collect();
+            let (list, b, next) = (&list[..], right.as_ptr(), after.as_ptr());
+            let products = Products { list, b, blocks: n, stride: cols, width, add: !fresh, next };
+            // SAFETY: the path is available; all operands have these blocks. Nothing clamps.
+            unsafe { Sums::new().run(&Unit::new(), &products) };
+        });
+    }
     true
 }
 
@@ -356,9 +343,10 @@ mod tests {
             let mut out = [0; SIDE * SIDE];
             // SAFETY: both have all blocks; the output has all rows.
             unsafe {
-                let to = out.as_ptr().cast();
-                sums.product(&unit, left.as_ptr(), right.as_ptr(), BLOCKS, to, SIDE * 4);
-                sums.store(out.as_mut_ptr(), SIDE, SIDE, SIDE, false);
+                let list = [At { a: left.as_ptr(), out: out.as_mut_ptr(), rows: SIDE }];
+                let (list, b, next) = (&list[..], right.as_ptr(), std::ptr::null());
+                let (blocks, stride, width) = (BLOCKS, SIDE, SIDE);
+                sums.run(&unit, &Products { list, b, blocks, stride, width, add: false, next });
             }
             for r in 0..SIDE {
                 for c in 0..SIDE {

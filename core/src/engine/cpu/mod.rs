@@ -18,6 +18,7 @@ mod attention_loops;
 mod buffer;
 mod embedding;
 mod gemm;
+mod gradient;
 mod heads;
 mod kernel;
 mod logits;
@@ -40,6 +41,7 @@ use manyhands_shaders::twin::{ACTIVATION_FRACTION, GRADIENT_FRACTION};
 
 use super::{Back, Batch, Constants, Engine, EngineError, RowStats, Saturations, SeedRow, Tiles};
 pub use buffer::Buffer;
+pub use gradient::Gradient;
 pub use heads::{Cache, Queries};
 pub use norm::Norm;
 pub use operands::{Panels, Weight};
@@ -74,11 +76,6 @@ impl Tensor {
     fn rows(&self) -> usize {
         self.data.len() / self.cols
     }
-}
-
-/// A gradient (R, C).
-pub struct Gradient {
-    data: Vec<i64>,
 }
 
 impl Cpu {
@@ -156,7 +153,7 @@ impl Engine for Cpu {
     }
 
     fn gradient(&self, rows: usize, cols: usize) -> Gradient {
-        Gradient { data: vec![0; rows * cols] }
+        Gradient::zeros(rows * cols)
     }
 
     fn blocks(&self, x: &Tensor) -> Panels {
@@ -232,7 +229,7 @@ impl Engine for Cpu {
         for Back { dy, w, grad } in products {
             assert!(dy.cols == w.rows && dx.cols == w.cols, "a gradient of another width");
             if let (Some(grad), Some(along)) = (grad, &along) {
-                weight_gradient::add(self, dy, along, &tokens, w.cols, &mut grad.data);
+                weight_gradient::add(self, dy, along, &tokens, w.cols, grad);
             }
             let g = quantize::rows(self, dy, -GRADIENT_FRACTION, WEIGHT_BITS);
             self.product(&g, w.backward(self), GRADIENT_FRACTION, &mut dx, output);
@@ -250,7 +247,7 @@ impl Engine for Cpu {
         dh: Option<Tensor>,
     ) -> Tensor {
         let mut unused = vec![0; gain.len()];
-        let grad = grad.map_or(&mut unused[..], |g| &mut g.data);
+        let grad = grad.map_or(&mut unused[..], Gradient::wide);
         norm::backward(self, dn, norm, gain, grad, dh)
     }
 
@@ -269,7 +266,7 @@ impl Engine for Cpu {
     }
 
     fn embed_backward(&self, dh: &Tensor, batch: &Batch, grad: &mut Gradient) {
-        embedding::backward(self, dh, &batch.tokens, &mut grad.data);
+        embedding::backward(self, dh, &batch.tokens, grad.wide());
     }
 
     async fn stats(
@@ -295,11 +292,11 @@ impl Engine for Cpu {
     }
 
     async fn read_gradient(&self, grad: &Gradient) -> Result<Vec<i64>, EngineError> {
-        Ok(grad.data.clone())
+        Ok(grad.sums(self))
     }
 
     async fn take_gradient(&self, grad: Gradient) -> Result<Vec<i64>, EngineError> {
-        Ok(grad.data)
+        Ok(grad.into_sums(self))
     }
 
     fn count_saturations(&self, on: bool) {

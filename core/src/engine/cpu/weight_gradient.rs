@@ -10,9 +10,11 @@ use std::sync::Arc;
 
 use manyhands_shaders::bfp::{ACTIVATION_BITS, BLOCK, WEIGHT_BITS};
 use manyhands_shaders::twin::{GRADIENT_FRACTION, SHARE_FRACTION, Segment, Site};
+use manyhands_shaders::x1::LIM;
 
 use super::buffer::{Buffer, Pool};
 use super::gemm::PANEL_BLOCK_NS;
+use super::gradient::{Gradient, add_totals};
 use super::kernel::{
     Count, EXPONENT_SHIFT, Job, Kind, PANEL, PANEL_BLOCK, PANEL_EXPONENTS, TILE, TILE_BLOCK,
     ZERO_EXPONENT, bias, fast_limit, run,
@@ -211,23 +213,6 @@ pub(super) fn pack_x(cpu: &Cpu, x: &Panels, tokens: &TokenBlocks) -> AlongTokens
     out
 }
 
-simd! {
-    /// `to += from`, over the length of `to`.
-    fn add_totals(to: &mut [i64], from: &[i32]) {
-        if let (Ok(to), Ok(from)) =
-            (<&mut [i64; TILE]>::try_from(&mut *to), <&[i32; TILE]>::try_from(from))
-        {
-            for i in 0..TILE {
-                to[i] += i64::from(from[i]);
-            }
-            return;
-        }
-        for (to, from) in to.iter_mut().zip(from) {
-            *to += i64::from(*from);
-        }
-    }
-}
-
 /// Blocks of a contraction that stay in L1 while panels go by.
 const CHUNK: usize = 8;
 /// Panels that one index computes.
@@ -240,7 +225,7 @@ pub(super) fn add(
     x: &AlongTokens,
     tokens: &TokenBlocks,
     cols: usize,
-    grad: &mut [i64],
+    grad: &mut Gradient,
 ) {
     let rows = dy.cols;
     let blocks = tokens.blocks.len();
@@ -264,7 +249,7 @@ pub(super) fn add(
     }
     let tile_max: Vec<i32> =
         x.block_max.chunks_exact(blocks).map(|e| e.iter().copied().max().unwrap_or(0)).collect();
-    let shared = Shared::new(grad);
+    let shared = Shared::new(grad.wide());
     let groups = panels.div_ceil(PANELS);
     let cost = panels * tiles * blocks * PANEL_BLOCK_NS;
     cpu.workers.each(groups * tiles, cost, |i| {
@@ -292,12 +277,16 @@ pub(super) fn add(
     });
 }
 
-/// How many terms of operands with this sum of largest exponents always fit in an i32, at least 1.
-pub(super) fn terms_that_fit(exponents: i32) -> usize {
+/// A bound on terms of operands with this sum of largest exponents.
+pub(super) fn largest_term(exponents: i32) -> i64 {
     // Terms are at most 2^24 2^-s, rounded.
     let s = 127 - ((exponents + bias(SHARE_FRACTION)) >> EXPONENT_SHIFT);
-    let term = if s >= 24 { 1 } else { 1_i64 << (24 - s) };
-    usize::try_from(i64::from(i32::MAX) / (term + 1)).unwrap_or(0).max(1)
+    if s >= 24 { 2 } else { (1 << (24 - s)) + 1 }
+}
+
+/// How many terms of that bound always have a sum within [`LIM`], at least 1.
+pub(super) fn terms_that_fit(bound: i64) -> usize {
+    usize::try_from(i64::from(LIM) / bound).unwrap_or(0).max(1)
 }
 
 /// The products of one tile.
@@ -355,7 +344,7 @@ impl Run<'_> {
     ) {
         let Some(max) = panels.iter().map(|&p| panel_max[p]).max() else { return };
         let all = self.tokens.blocks.len();
-        let room = terms_that_fit(max + tile_max);
+        let room = terms_that_fit(largest_term(max + tile_max));
         let chunk = if room >= CHUNK { CHUNK } else { 1 };
         totals.fill(0);
         let mut held = 0;

@@ -13,6 +13,7 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::mem::offset_of;
 use std::sync::OnceLock;
 
 use manyhands_shaders::x1::LIM;
@@ -82,6 +83,32 @@ impl Drop for Unit {
     }
 }
 
+/// A product's left operand, and the place of its output.
+#[repr(C)]
+pub(crate) struct At {
+    pub(crate) a: *const u16,
+    pub(crate) out: *mut i32,
+    /// Rows of the output, up to 32.
+    pub(crate) rows: usize,
+}
+
+/// Products of left operands with one right one.
+pub(crate) struct Products<'a> {
+    pub(crate) list: &'a [At],
+    /// The right operand.
+    pub(crate) b: *const u16,
+    /// Blocks of all operands, at least one.
+    pub(crate) blocks: usize,
+    /// Values from one row of an output to the next.
+    pub(crate) stride: usize,
+    /// Columns of the outputs, up to 32.
+    pub(crate) width: usize,
+    /// `out = sat(out + product)` instead of `out = product`.
+    pub(crate) add: bool,
+    /// What is read after this, to be brought to L2: any address.
+    pub(crate) next: *const i16,
+}
+
 /// Sums of 32 rows by 32 columns.
 #[repr(C, align(64))]
 pub(crate) struct Sums {
@@ -89,103 +116,262 @@ pub(crate) struct Sums {
     sums: [i32; SIDE * SIDE],
     /// The terms of the last block, in the same order.
     terms: [f32; SIDE * SIDE],
+    /// A row of output that nobody reads.
+    unread: [i32; SIDE],
+    /// Clamps of each lane.
+    clamps: [i32; 16],
+    b: *const u16,
+    blocks: usize,
+    row: usize,
+    end: *const u8,
+    limits: [i32; 2],
 }
 
-/// Rounds terms and adds them to the sums: vectors at these bytes.
-macro_rules! flush {
-    ($($at:literal)*) => {
-        concat!($(
-            "vcvtps2dq zmm0, [{terms} + ", $at, "]\n",
-            "vpaddd zmm0, zmm0, [{sums} + ", $at, "]\n",
-            "vmovdqa64 [{sums} + ", $at, "], zmm0\n",
-        )*)
-    };
-}
-
-/// Clears the sums: vectors at these bytes.
-macro_rules! clear {
-    ($($at:literal)*) => { concat!($("vmovdqa64 [{sums} + ", $at, "], zmm0\n",)*) };
-}
-
-/// One block with the same done to all vectors, in 12 portions.
-macro_rules! whole_block {
-    ($each:ident; $($store:literal)*) => {
-        block!(
-            $($store)*;
-            $each!(0 64 128 192 256),
-            $each!(320 384 448 512 576),
-            $each!(640 704 768 832 896 960),
-            $each!(1024 1088 1152 1216 1280),
-            $each!(1344 1408 1472 1536 1600),
-            $each!(1664 1728 1792 1856 1920 1984),
-            $each!(2048 2112 2176 2240 2304),
-            $each!(2368 2432 2496 2560 2624),
-            $each!(2688 2752 2816 2880 2944 3008),
-            $each!(3072 3136 3200 3264 3328),
-            $each!(3392 3456 3520 3584 3648),
-            $each!(3712 3776 3840 3904 3968 4032)
+/// Rounds the first terms: a vector of a row and its place in an output of i32 and of i64.
+macro_rules! begin {
+    ($at:literal $half:literal $_to:literal) => {
+        concat!(
+            "vcvtps2dq zmm0, [{s} + 4096 + ",
+            $at,
+            " + ",
+            $half,
+            "]\n",
+            "vmovdqa64 [{s} + ",
+            $at,
+            " + ",
+            $half,
+            "], zmm0\n",
         )
     };
 }
 
-/// Brings a row of each half of the output near.
+/// Rounds terms and adds the sums, to zmm0.
+macro_rules! total {
+    ($at:literal $half:literal) => {
+        concat!(
+            "vcvtps2dq zmm0, [{s} + 4096 + ",
+            $at,
+            " + ",
+            $half,
+            "]\n",
+            "vpaddd zmm0, zmm0, [{s} + ",
+            $at,
+            " + ",
+            $half,
+            "]\n",
+        )
+    };
+}
+
+/// Rounds terms and adds them to the sums.
+macro_rules! flush {
+    ($at:literal $half:literal $_to:literal) => {
+        concat!(total!($at $half), "vmovdqa64 [{s} + ", $at, " + ", $half, "], zmm0\n")
+    };
+}
+
+/// `out = sat(sums)`.
+macro_rules! store {
+    ($at:literal $half:literal $to:literal) => {
+        concat!(
+            total!($at $half),
+            "vpmaxsd zmm0, zmm0, zmm4\n",
+            "vpminsd zmm0, zmm0, zmm5\n",
+            "vmovdqu32 [{out} + ", $to, "], zmm0\n",
+        )
+    };
+}
+
+/// `out = sat(out + sat(sums))`. The sum of two values within the limits cannot wrap.
+macro_rules! add {
+    ($at:literal $half:literal $to:literal) => {
+        concat!(
+            total!($at $half),
+            "vpmaxsd zmm0, zmm0, zmm4\n",
+            "vpminsd zmm0, zmm0, zmm5\n",
+            "vpaddd zmm0, zmm0, [{out} + ", $to, "]\n",
+            "vpmaxsd zmm1, zmm0, zmm4\n",
+            "vpminsd zmm1, zmm1, zmm5\n",
+            "vpcmpneqd k1, zmm0, zmm1\n",
+            "vpsubd zmm6 {{k1}}, zmm6, zmm7\n",
+            "vmovdqu32 [{out} + ", $to, "], zmm1\n",
+        )
+    };
+}
+
+/// Rows at these bytes, one after the other.
+macro_rules! rows {
+    ($each:ident $($at:literal)*) => {
+        concat!($($each!($at 0 0), $each!($at 1024 64), "add {out}, {row}\n",)*)
+    };
+}
+
+/// One block with the same done to all vectors of the block before, in 12 portions.
+macro_rules! whole_block {
+    ($each:ident) => {
+        block!(
+            rows!($each 0 64 128),
+            rows!($each 192 256 320),
+            rows!($each 384 448),
+            rows!($each 512 576 640),
+            rows!($each 704 768 832),
+            rows!($each 896 960),
+            rows!($each 2048 2112 2176),
+            rows!($each 2240 2304 2368),
+            rows!($each 2432 2496),
+            rows!($each 2560 2624 2688),
+            rows!($each 2752 2816 2880),
+            rows!($each 2944 3008)
+        )
+    };
+}
+
+/// Brings two rows of the output near, and two lines of what comes next.
 macro_rules! prefetch {
     () => {
         concat!(
-            "prefetcht0 [{upper}]\n",
-            "prefetcht0 [{upper} + 64]\n",
-            "prefetcht0 [{lower}]\n",
-            "prefetcht0 [{lower} + 64]\n",
-            "add {upper}, {row}\n",
-            "add {lower}, {row}\n",
+            "prefetcht1 [{next}]\n",
+            "prefetcht1 [{next} + 64]\n",
+            "add {next}, 128\n",
+            "prefetcht0 [{near}]\n",
+            "prefetcht0 [{near} + 64]\n",
+            "prefetcht0 [{near} + {step}]\n",
+            "prefetcht0 [{near} + {step} + 64]\n",
+            "lea {near}, [{near} + 2*{step}]\n",
         )
     };
 }
 
 /// One block: 4 tiles of sums from 2 by 2 halves, for all 4 pairs of digits. The tiles of the
-/// block before are stored one by one as each is needed, and flushed between the products: the
+/// block before are stored one by one as each is needed, and rounded between the products: the
 /// unit never waits for them.
 macro_rules! block {
-    ($($store:literal)*; $($flush:expr),*) => { block!(@ [$($store)*] [$($flush),*]) };
-    (@ [$s0:literal $s1:literal $s2:literal $s3:literal]
-        [$f0:expr, $f1:expr, $f2:expr, $f3:expr, $f4:expr, $f5:expr,
-         $f6:expr, $f7:expr, $f8:expr, $f9:expr, $f10:expr, $f11:expr]) => {
+    ($f0:expr, $f1:expr, $f2:expr, $f3:expr, $f4:expr, $f5:expr,
+     $f6:expr, $f7:expr, $f8:expr, $f9:expr, $f10:expr, $f11:expr) => {
         concat!(
-            $s0, "tilezero tmm0\n",
+            "tilestored [{s} + {stride}*1 + 4096], tmm0\n",
+            "tilezero tmm0\n",
             "tileloadd tmm4, [{a} + {stride}*1]\n",
             "tileloadd tmm6, [{b} + {stride}*1]\n",
             "tdpbf16ps tmm0, tmm4, tmm6\n",
-            $s1, "tilezero tmm1\n",
+            "tilestored [{s} + {stride}*1 + 5120], tmm1\n",
+            "tilezero tmm1\n",
             "tileloadd tmm7, [{b} + {stride}*1 + 1024]\n",
             "tdpbf16ps tmm1, tmm4, tmm7\n",
-            $s2, "tilezero tmm2\n",
+            "tilestored [{s} + {stride}*1 + 6144], tmm2\n",
+            "tilezero tmm2\n",
             "tileloadd tmm5, [{a} + {stride}*1 + 1024]\n",
             "tdpbf16ps tmm2, tmm5, tmm6\n",
-            $s3, "tilezero tmm3\n",
+            "tilestored [{s} + {stride}*1 + 7168], tmm3\n",
+            "tilezero tmm3\n",
             "tdpbf16ps tmm3, tmm5, tmm7\n",
             "tileloadd tmm6, [{b} + {stride}*1 + 2048]\n",
-            "tdpbf16ps tmm0, tmm4, tmm6\n", $f0,
+            "tdpbf16ps tmm0, tmm4, tmm6\n",
+            $f0,
             "tileloadd tmm7, [{b} + {stride}*1 + 3072]\n",
-            "tdpbf16ps tmm1, tmm4, tmm7\n", $f1, prefetch!(),
-            "tdpbf16ps tmm2, tmm5, tmm6\n", $f2,
-            "tdpbf16ps tmm3, tmm5, tmm7\n", $f3,
+            "tdpbf16ps tmm1, tmm4, tmm7\n",
+            $f1,
+            prefetch!(),
+            "tdpbf16ps tmm2, tmm5, tmm6\n",
+            $f2,
+            "tdpbf16ps tmm3, tmm5, tmm7\n",
+            $f3,
             "tileloadd tmm4, [{a} + {stride}*1 + 2048]\n",
-            "tdpbf16ps tmm0, tmm4, tmm6\n", $f4, prefetch!(),
-            "tdpbf16ps tmm1, tmm4, tmm7\n", $f5,
+            "tdpbf16ps tmm0, tmm4, tmm6\n",
+            $f4,
+            prefetch!(),
+            "tdpbf16ps tmm1, tmm4, tmm7\n",
+            $f5,
             "tileloadd tmm5, [{a} + {stride}*1 + 3072]\n",
-            "tdpbf16ps tmm2, tmm5, tmm6\n", $f6,
-            "tdpbf16ps tmm3, tmm5, tmm7\n", $f7, prefetch!(),
+            "tdpbf16ps tmm2, tmm5, tmm6\n",
+            $f6,
+            "tdpbf16ps tmm3, tmm5, tmm7\n",
+            $f7,
+            prefetch!(),
             "tileloadd tmm6, [{b} + {stride}*1]\n",
-            "tdpbf16ps tmm0, tmm4, tmm6\n", $f8,
+            "tdpbf16ps tmm0, tmm4, tmm6\n",
+            $f8,
             "tileloadd tmm7, [{b} + {stride}*1 + 1024]\n",
-            "tdpbf16ps tmm1, tmm4, tmm7\n", $f9,
-            "tdpbf16ps tmm2, tmm5, tmm6\n", $f10, prefetch!(),
-            "tdpbf16ps tmm3, tmm5, tmm7\n", $f11,
+            "tdpbf16ps tmm1, tmm4, tmm7\n",
+            $f9,
+            "tdpbf16ps tmm2, tmm5, tmm6\n",
+            $f10,
+            prefetch!(),
+            "tdpbf16ps tmm3, tmm5, tmm7\n",
+            $f11,
             "add {a}, 4096\n",
             "add {b}, 4096\n",
             // Four blocks bring all rows; from then on the same addresses again.
             "dec {left}\n",
-            "cmovz {row}, {zero}\n",
+            "cmovz {step}, {left}\n",
+        )
+    };
+}
+
+/// Products of a list, each finished while the next is made.
+macro_rules! list {
+    ($self:ident, $at:expr, $next:ident, $finish:ident) => {
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "vpbroadcastd zmm4, [{s} + {limits}]",
+            "vpbroadcastd zmm5, [{s} + {limits} + 4]",
+            "vpxord zmm6, zmm6, zmm6",
+            "vpternlogd zmm7, zmm7, zmm7, 255",
+            ".p2align 5",
+            "2:",
+            "mov {a}, [{list}]",
+            "mov {near}, [{list} + 8]",
+            "mov {b}, [{s} + {right}]",
+            "mov {n}, [{s} + {blocks}]",
+            "mov {step}, [{s} + {rows}]",
+            "mov {left:e}, 4",
+            whole_block!($finish),
+            "mov {out}, [{list} + 8]",
+            "mov {row}, [{s} + {rows}]",
+            "dec {n}",
+            "jz 4f",
+            whole_block!(begin),
+            "dec {n}",
+            "jz 3f",
+            ".p2align 5",
+            "5:",
+            whole_block!(flush),
+            "dec {n}",
+            "jnz 5b",
+            "3:",
+            "mov {out}, [{list} + 8]",
+            "4:",
+            "add {list}, {size}",
+            "cmp {list}, [{s} + {end}]",
+            "jne 2b",
+            "tilestored [{s} + {stride}*1 + 4096], tmm0",
+            "tilestored [{s} + {stride}*1 + 5120], tmm1",
+            "tilestored [{s} + {stride}*1 + 6144], tmm2",
+            "tilestored [{s} + {stride}*1 + 7168], tmm3",
+            "vmovdqa64 [{s} + {clamps}], zmm6",
+            s = in(reg) &raw mut *$self,
+            list = inout(reg) $at => _,
+            out = inout(reg) (&raw mut $self.unread) => _,
+            row = inout(reg) 0_usize => _,
+            next = inout(reg) $next => _,
+            stride = in(reg) 64_usize,
+            a = out(reg) _, b = out(reg) _, n = out(reg) _,
+            near = out(reg) _, step = out(reg) _, left = out(reg) _,
+            size = const size_of::<At>(),
+            limits = const offset_of!(Self, limits),
+            right = const offset_of!(Self, b),
+            blocks = const offset_of!(Self, blocks),
+            rows = const offset_of!(Self, row),
+            end = const offset_of!(Self, end),
+            clamps = const offset_of!(Self, clamps),
+            out("zmm0") _, out("zmm1") _, out("zmm4") _, out("zmm5") _, out("zmm6") _,
+            out("zmm7") _, out("k1") _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
         )
     };
 }
@@ -193,65 +379,42 @@ macro_rules! block {
 impl Sums {
     /// Zeros.
     pub(crate) const fn new() -> Self {
-        Self { sums: [0; SIDE * SIDE], terms: [0.0; SIDE * SIDE] }
+        Self {
+            sums: [0; SIDE * SIDE],
+            terms: [0.0; SIDE * SIDE],
+            unread: [0; SIDE],
+            clamps: [0; 16],
+            b: std::ptr::null(),
+            blocks: 0,
+            row: 0,
+            end: std::ptr::null(),
+            limits: [-LIM, LIM],
+        }
     }
 
-    /// Sums the rounded products of `blocks` blocks of digits, wrapping. Brings the output near,
-    /// whose rows are `row` bytes apart from `out`.
+    /// The products of a list: the rounded terms of all blocks are summed, wrapping. All but the
+    /// last are finished, each while the next is made; the last stays in `self`. Brings outputs
+    /// near. Returns the number of clamps.
     ///
     /// # Safety
-    /// `blocks > 0`, and `a` and `b` point to [`DIGITS`] digits for each. Terms are below 2^31.
-    pub(crate) unsafe fn product(
-        &mut self,
-        _unit: &Unit,
-        a: *const u16,
-        b: *const u16,
-        blocks: usize,
-        out: *const u8,
-        row: usize,
-    ) {
-        debug_assert!(blocks > 0, "a product without terms");
-        // SAFETY: reads the caller's digits, writes `self`, and tells of all registers it changes.
-        // No code but this assembly uses tiles.
+    /// As [`Self::run`]; the list is not empty, and all outputs but the last are 32 by 32.
+    unsafe fn products(&mut self, p: &Products<'_>, list: &[At]) -> u64 {
+        debug_assert!(p.blocks > 0 && !list.is_empty(), "a product without terms");
+        // What the first product finishes, and what a single block is added to.
+        self.sums.fill(0);
+        (self.b, self.blocks, self.row) = (p.b, p.blocks, p.stride * 4);
+        let (list, next) = (list.as_ptr_range(), p.next);
+        self.end = list.end.cast();
+        // SAFETY: reads the caller's digits, writes `self` and the outputs, and tells of all
+        // registers it changes. No code but this assembly uses tiles.
         unsafe {
-            asm!(
-                "vpxord zmm0, zmm0, zmm0",
-                whole_block!(clear; "" "" "" ""),
-                "dec {blocks}",
-                "jz 3f",
-                ".p2align 5",
-                "2:",
-                whole_block!(
-                    flush;
-                    "tilestored [{terms} + {stride}*1], tmm0\n"
-                    "tilestored [{terms} + {stride}*1 + 1024], tmm1\n"
-                    "tilestored [{terms} + {stride}*1 + 2048], tmm2\n"
-                    "tilestored [{terms} + {stride}*1 + 3072], tmm3\n"
-                ),
-                "dec {blocks}",
-                "jnz 2b",
-                "3:",
-                "tilestored [{terms} + {stride}*1], tmm0",
-                "tilestored [{terms} + {stride}*1 + 1024], tmm1",
-                "tilestored [{terms} + {stride}*1 + 2048], tmm2",
-                "tilestored [{terms} + {stride}*1 + 3072], tmm3",
-                a = inout(reg) a => _,
-                b = inout(reg) b => _,
-                blocks = inout(reg) blocks => _,
-                upper = inout(reg) out => _,
-                lower = inout(reg) out.wrapping_add(SIDE / 2 * row) => _,
-                row = inout(reg) row => _,
-                left = inout(reg) 4_usize => _,
-                zero = in(reg) 0_usize,
-                terms = in(reg) self.terms.as_mut_ptr(),
-                sums = in(reg) self.sums.as_mut_ptr(),
-                stride = in(reg) 64_usize,
-                out("zmm0") _,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nostack),
-            );
+            if p.add {
+                list!(self, list.start, next, add);
+            } else {
+                list!(self, list.start, next, store);
+            }
         }
+        self.clamps.iter().map(|&n| n as u64).sum()
     }
 
     /// 16 sums of row `r`.
@@ -267,71 +430,46 @@ impl Sums {
         }
     }
 
-    /// `out = sat(sums)`, or with `add` `out = sat(out + sat(sums))`, over `rows` rows of `width`
-    /// columns, `stride` apart. Returns the number of clamps of the second.
+    /// `out = sat(a b)`, or `out = sat(out + sat(a b))`, for each of a list. Returns the number of
+    /// clamps of the second.
     ///
     /// # Safety
-    /// `out` covers the rows, and nobody else accesses them now.
+    /// All operands have [`DIGITS`] digits a block; terms are below 2^31, and all outputs are the
+    /// caller's alone.
     #[target_feature(enable = "avx512f")]
-    pub(crate) unsafe fn store(
-        &self,
-        out: *mut i32,
-        stride: usize,
-        rows: usize,
-        width: usize,
-        add: bool,
-    ) -> u64 {
+    pub(crate) unsafe fn run(&mut self, _unit: &Unit, p: &Products<'_>) -> u64 {
+        let &Products { stride, width, add, .. } = p;
         let (high, low) = (_mm512_set1_epi32(LIM), _mm512_set1_epi32(-LIM));
         let saturate = |x| _mm512_min_epi32(_mm512_max_epi32(x, low), high);
         let mut count = 0;
-        for r in 0..rows {
-            for half in 0..2 {
+        for (list, last) in pieces(p.list, width) {
+            // SAFETY: the caller's promise.
+            count += unsafe { self.products(p, list) };
+            for (r, half) in (0..last.rows).flat_map(|r| [(r, 0), (r, 1)]) {
                 let mask = mask(width, half);
                 // SAFETY: the mask keeps inside the caller's rows.
                 unsafe {
-                    let to = out.wrapping_add(r * stride + half * 16);
+                    let to = last.out.wrapping_add(r * stride + half * 16);
                     let mut x = saturate(self.vector(r, half));
                     if add {
                         // Both are below 2^30: the sum cannot wrap.
                         let sum = _mm512_add_epi32(x, _mm512_maskz_loadu_epi32(mask, to));
                         x = saturate(sum);
-                        count += _mm512_mask_cmpneq_epi32_mask(mask, x, sum).count_ones();
+                        count +=
+                            u64::from(_mm512_mask_cmpneq_epi32_mask(mask, x, sum).count_ones());
                     }
                     _mm512_mask_storeu_epi32(to, mask, x);
                 }
             }
         }
-        count.into()
+        count
     }
+}
 
-    /// `out += sums`, over `rows` rows of `width` columns, `stride` apart.
-    ///
-    /// # Safety
-    /// As [`Self::store`].
-    #[target_feature(enable = "avx512f")]
-    pub(crate) unsafe fn spill(&self, out: *mut i64, stride: usize, rows: usize, width: usize) {
-        for r in 0..rows {
-            for line in 2..4 {
-                // What the product did not bring near, some rows ahead.
-                let ahead = out.wrapping_add((r + 8) * stride + line * 8);
-                _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-            }
-            for half in 0..2 {
-                let (x, mask) = (self.vector(r, half), mask(width, half));
-                let quarters = [_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64::<1>(x)];
-                for (i, x) in quarters.into_iter().enumerate() {
-                    let mask = (mask >> (8 * i)) as u8;
-                    // SAFETY: the mask keeps inside the caller's rows.
-                    unsafe {
-                        let to = out.wrapping_add(r * stride + half * 16 + i * 8);
-                        let old = _mm512_maskz_loadu_epi64(mask, to);
-                        let sum = _mm512_add_epi64(old, _mm512_cvtepi32_epi64(x));
-                        _mm512_mask_storeu_epi64(to, mask, sum);
-                    }
-                }
-            }
-        }
-    }
+/// A list in pieces of which only the last output, given as well, is less than 32 by 32.
+fn pieces(list: &[At], width: usize) -> impl Iterator<Item = (&[At], &At)> {
+    let whole = move |u: &At| width == SIDE && u.rows == SIDE;
+    list.split_inclusive(move |u| !whole(u)).filter_map(|list| Some((list, list.last()?)))
 }
 
 /// Which of 16 columns are among the first `width` of 32.
