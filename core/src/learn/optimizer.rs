@@ -3,7 +3,8 @@
 //! ```text
 //! g = sum * 2^-(16+S) / divisor * clip          clip = min(1, grad_norm_max / |g|)
 //! m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2
-//! x = x (1 - lr wd) - lr (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)
+//! step = lr / (1-b1^t);  c = 1 / (1-b2^t)
+//! x = x (1 - lr wd) - step (m / (sqrt(v c) + eps))
 //! ```
 //!
 //! Master weights and moments are stored in f32, arithmetic is f64 and rounds once a stored value.
@@ -11,9 +12,11 @@
 //! above 2^-24, and squares of gradients stay above f32's smallest normal for |g| > 1e-19; f64
 //! would double the size of a checkpoint. Weight decay touches matrices only, not gains or vectors.
 //!
-//! Speed and order: [`update`] is elementwise, so a caller may split a tensor over threads anywhere
-//! and get the same bits. Norms are sums over fixed chunks of [`NORM_CHUNK`] with eight fixed lanes,
-//! then over chunks in order: split at chunk borders. There is no `mul_add`.
+//! Speed and order: the bias corrections are scalars, so that an element costs one division and one
+//! root; each takes longer than all the rest. [`update`] is elementwise, so a caller may split a
+//! tensor over threads anywhere and get the same bits. Norms are sums over fixed chunks of
+//! [`NORM_CHUNK`] with eight fixed lanes, then over chunks in order: split at chunk borders. There
+//! is no `mul_add`.
 //!
 //! Departure from PyTorch: the norm is not increased by 1e-6 before clipping.
 
@@ -163,8 +166,10 @@ pub struct UpdatePlan {
     beta1: f64,
     beta2: f64,
     eps: f64,
-    correction1: f64,
-    correction2: f64,
+    /// Learning rate over the bias correction of `m`.
+    step_size: f64,
+    /// One over the bias correction of `v`.
+    second_factor: f64,
 }
 
 impl AdamW {
@@ -215,8 +220,8 @@ impl AdamW {
             beta1: config.beta1,
             beta2: config.beta2,
             eps: config.eps,
-            correction1: 1.0 - libm::pow(config.beta1, t),
-            correction2: 1.0 - libm::pow(config.beta2, t),
+            step_size: learning_rate / (1.0 - libm::pow(config.beta1, t)),
+            second_factor: 1.0 / (1.0 - libm::pow(config.beta2, t)),
         })
     }
 
@@ -323,8 +328,8 @@ fn update_run(
         let g = gradient[i] as f64 * plan.gradient_factor;
         let m = plan.beta1 * f64::from(first_moment[i]) + gain1 * g;
         let v = plan.beta2 * f64::from(second_moment[i]) + gain2 * (g * g);
-        let direction = (m / plan.correction1) / ((v / plan.correction2).sqrt() + plan.eps);
-        let x = f64::from(master[i]) * decay_factor - plan.learning_rate * direction;
+        let direction = m / ((v * plan.second_factor).sqrt() + plan.eps);
+        let x = f64::from(master[i]) * decay_factor - plan.step_size * direction;
         first_moment[i] = m as f32;
         second_moment[i] = v as f32;
         master[i] = x as f32;
