@@ -15,8 +15,8 @@ pub const WEIGHT_BITS: u32 = 10;
 /// Exponents of weight tiles lie in this range; with it no sum of exponents can wrap or leave i8.
 pub const WEIGHT_EXPONENT_RANGE: std::ops::RangeInclusive<i32> = -40..=11;
 
-/// 1.5 * 2^52: see [`Tiles::quantize`].
-const ROUND: f64 = 6_755_399_441_055_744.0;
+/// 1.5 * 2^23: adding it rounds to an integer, ties to even, in the low bits.
+const ROUND: f32 = 12_582_912.0;
 
 /// `n` rounded up to a multiple of [`BLOCK`].
 pub const fn padded(n: usize) -> usize {
@@ -103,6 +103,25 @@ pub fn quantize(x: &[i32], e: &[i32], bits: u32, mantissas: &mut [i16]) -> i32 {
     exponent
 }
 
+/// Exponent of a weight tile whose largest magnitude has these bits.
+#[inline(always)]
+fn tile_exponent(top: u32) -> i32 {
+    if top == 0 {
+        return 0;
+    }
+    // The exponent field is floor(log2 |w|) + 127; subnormals end at the range's lower bound.
+    let (low, high) = (*WEIGHT_EXPONENT_RANGE.start(), *WEIGHT_EXPONENT_RANGE.end());
+    ((top >> 23) as i32 - 127 + 2 - WEIGHT_BITS as i32).clamp(low, high)
+}
+
+/// Mantissa of a weight whose tile has this scale, two to minus the exponent.
+#[inline(always)]
+fn mantissa(w: f32, scale: f32) -> i16 {
+    const MAX: i32 = (1 << (WEIGHT_BITS - 1)) - 1;
+    let rounded = (w * scale).clamp(-4096.0, 4096.0) + ROUND;
+    (rounded.to_bits() as i32 - ROUND.to_bits() as i32).clamp(-MAX, MAX) as i16
+}
+
 /// A weight matrix (R, C) in [`WEIGHT_BITS`] with one exponent a 32x32 tile, so that the same
 /// mantissas serve the matrix and its transpose. Rows and columns are padded with zeros.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,55 +137,37 @@ pub struct Tiles {
 }
 
 impl Tiles {
-    /// Quantises f32 weights (R, C). Every step is exact in f64 (scaling by powers of two, then
-    /// one rounding to nearest even), so the result is the same everywhere.
-    /// Non-finite weights must have been refused before.
+    /// Quantises f32 weights (R, C). A product by a power of two is exact in f32, or so small or
+    /// large that its mantissa is zero or the largest anyway; then comes one rounding to nearest
+    /// even, so the result is the same everywhere. Non-finite weights must have been refused before.
     #[inline(always)] // for callers compiled for wider vectors
     pub fn quantize(weights: &[f32], rows: usize, cols: usize) -> Self {
         assert_eq!(weights.len(), rows * cols, "weights do not have the shape ({rows}, {cols})");
-        let (row_tiles, col_tiles) = (rows.div_ceil(BLOCK), cols.div_ceil(BLOCK));
-        let mut out = Self {
-            rows,
-            cols,
-            mantissas: vec![0; row_tiles * col_tiles * BLOCK * BLOCK],
-            exponents: vec![0; row_tiles * col_tiles],
-        };
-        for tr in 0..row_tiles {
-            for tc in 0..col_tiles {
-                out.quantize_tile(weights, tr, tc);
+        let stride = padded(cols);
+        let len = padded(rows) * stride;
+        let mut mantissas = Vec::with_capacity(len);
+        let mut exponents = Vec::with_capacity(len / (BLOCK * BLOCK));
+        let (mut tops, mut scales) = (vec![0; stride], vec![0.0; stride]);
+        // Twice along whole rows, in the order of memory.
+        for strip in weights.chunks((cols * BLOCK).max(1)) {
+            tops.fill(0);
+            for row in strip.chunks_exact(cols) {
+                for (top, w) in tops.iter_mut().zip(row) {
+                    *top = (*top).max(w.to_bits() & 0x7fff_ffff);
+                }
+            }
+            for (tops, scales) in tops.chunks_exact(BLOCK).zip(scales.chunks_exact_mut(BLOCK)) {
+                let exponent = tile_exponent(tops.iter().copied().fold(0, u32::max));
+                exponents.push(exponent as i8);
+                scales.fill(f32::from_bits(((127 - exponent) as u32) << 23));
+            }
+            for row in strip.chunks_exact(cols) {
+                mantissas.extend(row.iter().zip(&scales).map(|(w, scale)| mantissa(*w, *scale)));
+                mantissas.resize(mantissas.len().next_multiple_of(stride), 0);
             }
         }
-        out
-    }
-
-    #[inline(always)]
-    fn quantize_tile(&mut self, weights: &[f32], tr: usize, tc: usize) {
-        let (rows, cols, stride) = (self.rows, self.cols, padded(self.cols));
-        let c = tc * BLOCK..cols.min(tc * BLOCK + BLOCK);
-        let mut bits = 0;
-        for r in tr * BLOCK..rows.min(tr * BLOCK + BLOCK) {
-            for w in &weights[r * cols + c.start..r * cols + c.end] {
-                bits = bits.max(w.to_bits() & 0x7fff_ffff);
-            }
-        }
-        if bits == 0 {
-            return;
-        }
-        // The exponent field is floor(log2 |w|) + 127; subnormals end at the range's lower bound.
-        let (low, high) = (*WEIGHT_EXPONENT_RANGE.start(), *WEIGHT_EXPONENT_RANGE.end());
-        let exponent = ((bits >> 23) as i32 - 127 + 2 - WEIGHT_BITS as i32).clamp(low, high);
-        let scale = f64::from_bits(((1023 - exponent) as u64) << 52);
-        let max = (1 << (WEIGHT_BITS - 1)) - 1;
-        for r in tr * BLOCK..rows.min(tr * BLOCK + BLOCK) {
-            let (from, to) = (r * cols + c.start, r * stride + c.start);
-            let mantissas = &mut self.mantissas[to..to + c.len()];
-            for (m, w) in mantissas.iter_mut().zip(&weights[from..from + c.len()]) {
-                // Adding 1.5 * 2^52 rounds to an integer, ties to even, in the low bits.
-                let rounded = (f64::from(*w) * scale).clamp(-4096.0, 4096.0) + ROUND;
-                *m = (rounded.to_bits() as i32).clamp(-max, max) as i16;
-            }
-        }
-        self.exponents[tr * (stride / BLOCK) + tc] = exponent as i8;
+        mantissas.resize(len, 0);
+        Self { rows, cols, mantissas, exponents }
     }
 
     /// Exponent of the tile that holds (row, col).
