@@ -89,11 +89,15 @@ impl Weight {
     pub(super) fn new(cpu: &Cpu, t: &Tiles) -> Self {
         let (row_tiles, col_tiles) = (t.rows.div_ceil(BLOCK), t.cols.div_ceil(BLOCK));
         let stride = padded(t.cols);
-        let forward = Packed::fill(cpu, row_tiles, col_tiles, |i, to| {
-            let (r, c) = (i / col_tiles, i % col_tiles);
-            let from = &t.mantissas[r * BLOCK * stride + c * BLOCK..];
-            let is_zero = pack_tile(cpu.path, from, stride, to);
-            if is_zero { ZERO_EXPONENT } else { i32::from(t.exponents[i]) << EXPONENT_SHIFT }
+        let forward = Packed::fill(cpu, row_tiles, col_tiles, |r, tiles, exponents| {
+            let mut any = vec![0; stride];
+            let strip = &t.mantissas[r * BLOCK * stride..][..BLOCK * stride];
+            pack_strip(cpu.path, strip, tiles, &mut any);
+            let from = &t.exponents[r * col_tiles..][..col_tiles];
+            for ((to, e), any) in exponents.iter_mut().zip(from).zip(any.chunks_exact(BLOCK)) {
+                let is_zero = any.iter().all(|x| *x == 0);
+                *to = if is_zero { ZERO_EXPONENT } else { i32::from(*e) << EXPONENT_SHIFT };
+            }
         });
         Self { rows: t.rows, cols: t.cols, forward, backward: OnceLock::new() }
     }
@@ -102,27 +106,28 @@ impl Weight {
     pub(super) fn backward(&self, cpu: &Cpu) -> &Packed {
         self.backward.get_or_init(|| {
             let f = &self.forward;
-            Packed::fill(cpu, f.blocks, f.tiles, |i, to| {
-                let (c, r) = (i / f.tiles, i % f.tiles);
-                let at = r * f.blocks + c;
-                let from = f.mantissas[at * TILE_BLOCK..].as_chunks().0.first_chunk();
-                if let Some(from) = from {
-                    transpose_tile(cpu.path, from, to);
+            Packed::fill(cpu, f.blocks, f.tiles, |c, tiles, exponents| {
+                for (r, (to, e)) in tiles.iter_mut().zip(exponents).enumerate() {
+                    let at = r * f.blocks + c;
+                    let from = f.mantissas[at * TILE_BLOCK..].as_chunks().0.first_chunk();
+                    if let Some(from) = from {
+                        transpose_tile(cpu.path, from, to);
+                    }
+                    *e = f.exponents[at];
                 }
-                f.exponents[at]
             })
         })
     }
 }
 
 impl Packed {
-    /// Packs tiles on all threads: `pack` writes tile `i` and returns its exponent as kernels store
-    /// it.
+    /// Packs tiles on all threads: `pack` writes the blocks of one tile of columns, and their
+    /// exponents as kernels store them.
     fn fill(
         cpu: &Cpu,
         tiles: usize,
         blocks: usize,
-        pack: impl Fn(usize, &mut TilePairs) -> i32 + Sync,
+        pack: impl Fn(usize, &mut [TilePairs], &mut [i32]) + Sync,
     ) -> Self {
         let mut out = Self {
             tiles,
@@ -131,13 +136,12 @@ impl Packed {
             exponents: cpu.pool.take(tiles * blocks),
         };
         let (m, e) = (Shared::new(&mut out.mantissas), Shared::new(&mut out.exponents));
-        cpu.workers.ranges(tiles * blocks, 1, tiles * blocks * TILE_BLOCK / 2, |range| {
+        cpu.workers.ranges(tiles, 1, tiles * blocks * TILE_BLOCK / 2, |range| {
             for i in range {
+                let len = blocks * TILE_BLOCK;
                 // SAFETY: each tile is visited once.
-                let (to, e) = unsafe { (m.part(i * TILE_BLOCK, TILE_BLOCK), e.part(i, 1)) };
-                if let Some(to) = to.as_chunks_mut().0.first_chunk_mut() {
-                    e[0] = pack(i, to);
-                }
+                let (m, e) = unsafe { (m.part(i * len, len), e.part(i * blocks, blocks)) };
+                pack(i, m.as_chunks_mut().0.as_chunks_mut().0, e);
             }
         });
         out
@@ -145,16 +149,23 @@ impl Packed {
 }
 
 simd! {
-    /// Packs a tile, whose rows are `stride` apart, along its columns; whether it is zero.
-    fn pack_tile(from: &[i16], stride: usize, to: &mut TilePairs) -> bool {
-        let mut any = 0;
-        for (i, row) in from.chunks(stride).take(BLOCK).enumerate() {
-            for (j, pair) in row[..BLOCK].as_chunks::<2>().0.iter().enumerate() {
-                to[j * TILE + i] = *pair;
-                any |= pair[0] | pair[1];
+    /// Packs a row of tiles along their columns. `strip` are its 32 rows; `any` becomes the union
+    /// of the bits in each of their columns.
+    fn pack_strip(strip: &[i16], tiles: &mut [TilePairs], any: &mut [i16]) {
+        // One pass in the order of memory brings the rows near.
+        any.fill(0);
+        for row in strip.chunks_exact(any.len()) {
+            for (any, x) in any.iter_mut().zip(row) {
+                *any |= x;
             }
         }
-        any == 0
+        for (t, to) in tiles.iter_mut().enumerate() {
+            for (i, row) in strip.chunks_exact(any.len()).enumerate() {
+                for (j, pair) in row[t * BLOCK..][..BLOCK].as_chunks::<2>().0.iter().enumerate() {
+                    to[j * TILE + i] = *pair;
+                }
+            }
+        }
     }
 }
 
