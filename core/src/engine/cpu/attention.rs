@@ -10,15 +10,16 @@ use manyhands_shaders::bfp::ACTIVATION_BITS;
 use manyhands_shaders::twin::matmul::term_limit;
 use manyhands_shaders::twin::{ACTIVATION_FRACTION, Segment, Site};
 
+use super::Cpu;
 use super::buffer::Buffer;
 use super::heads::{Cache, Queries, head_blocks, segment_panels};
 use super::kernel::{
     Count, Job, Kind, PANEL, PANEL_BLOCK, PANEL_EXPONENTS, TILE, TILE_BLOCK, bias, fast_limit, run,
 };
 use super::operands::Panels;
+use super::quantize::{self, put};
 use super::softmax::{fold_probabilities, probabilities};
 use super::workers::Shared;
-use super::{Cpu, quantize};
 use crate::engine::Batch;
 
 /// Panels that one index computes.
@@ -134,8 +135,9 @@ impl Head<'_> {
         let mantissas = scratch.mantissas.at_least(tiles * PANEL_BLOCK);
         let exponents = scratch.exponents.at_least(tiles * PANEL_EXPONENTS);
         let e = &self.cache.value_exponents[head * self.cache.capacity..][..tiles * TILE];
-        for (r, s) in scores.chunks_exact_mut(tiles * TILE).take(rows).enumerate() {
-            probabilities(path, s, positions[r] + 1, c.score_scale);
+        let width = tiles * TILE;
+        probabilities(path, scores, width, width, &positions[..rows], c.score_scale);
+        for (r, s) in scores.chunks_exact(width).take(rows).enumerate() {
             fold_probabilities(path, s, e, r, mantissas, exponents);
         }
         quantize::finish(exponents, rows);
@@ -167,7 +169,7 @@ impl Head<'_> {
                 let vector = (self.s.first_row + i) * c.heads + self.g * self.group + h;
                 // SAFETY: each (row, head) is computed by one index.
                 let to = unsafe { out.part(vector * c.head_dim + block * TILE, width) };
-                to.copy_from_slice(&y[r * TILE..r * TILE + width]);
+                put(to, &y.as_chunks::<TILE>().0[r]);
             }
         }
         events

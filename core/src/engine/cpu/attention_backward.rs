@@ -14,16 +14,17 @@ use super::attention_loops::{
     interleave, pack_columns, pack_square, rotate_back, scale, softmax_gradient, transpose,
 };
 use super::buffer::Buffer;
-use super::heads::{Cache, HEAD_MAX, Queries, head_blocks, segment_panels};
+use super::heads::{Cache, Queries, head_blocks, segment_panels};
 use super::kernel::{
     Count, Job, Kind, PANEL, PANEL_BLOCK, PANEL_EXPONENTS, TILE, TILE_BLOCK, ZERO_EXPONENT, bias,
     fast_limit, run,
 };
 use super::pack::GROUP;
 use super::path::Path;
+use super::quantize::{self, put};
 use super::softmax::{fold, probabilities};
 use super::workers::Shared;
-use super::{Cpu, Tensor, quantize};
+use super::{Cpu, Tensor};
 use crate::engine::Batch;
 
 /// A thread's working memory, for T rows padded to whole tiles, and one head.
@@ -277,10 +278,9 @@ impl Head<'_> {
                 // SAFETY: a query panel and a key tile hold `blocks` blocks; `p` holds 6 rows.
                 unsafe { run(self.path(), Kind::LinesColumns, rows, &job) };
             }
-            for (r, &position) in positions.iter().take(rows).enumerate() {
-                let row = &mut p[(panel * PANEL + r) * stride..][..(position / TILE + 1) * TILE];
-                probabilities(self.path(), row, position + 1, c.score_scale);
-            }
+            let width = (positions[rows - 1] / TILE + 1) * TILE;
+            let p = &mut p[panel * PANEL * stride..];
+            probabilities(self.path(), p, stride, width, &positions[..rows], c.score_scale);
         }
     }
 
@@ -396,11 +396,11 @@ impl Head<'_> {
             let at = (row * c.kv_heads + self.g) * c.head_dim + block * TILE;
             // SAFETY: (row, key-value head) belongs to this index.
             let to = unsafe { self.out[which].part(at, width) };
-            let from = &y[r * TILE..r * TILE + width];
+            let from = &y.as_chunks::<TILE>().0[r];
             if h == 0 {
-                to.copy_from_slice(from);
+                put(to, from);
             } else {
-                count += super::gemm::add_saturating(self.path(), to, from);
+                count += super::gemm::add_saturating(self.path(), to, &from[..width]);
             }
         }
         count
@@ -418,14 +418,19 @@ impl Head<'_> {
         let exponents = line_exponents.at_least(blocks * PANEL_EXPONENTS);
         for panel in 0..self.s.rows.div_ceil(PANEL) {
             let (rows, positions) = self.positions(panel);
-            let mut x = [0; PANEL * HEAD_MAX];
-            for r in 0..rows {
-                let row = self.s.first_row + panel * PANEL + r;
-                let from = (row * c.heads + self.g * group + h) * d;
-                x[r * d..(r + 1) * d].copy_from_slice(&self.d_out.data[from..from + d]);
-            }
-            let x = &x[..rows * d];
-            quantize::panel(self.path(), x, d, -GRADIENT_FRACTION, WEIGHT_BITS, lines, exponents);
+            let row = self.s.first_row + panel * PANEL;
+            let x = &self.d_out.data[(row * c.heads + self.g * group + h) * d..];
+            quantize::panel(
+                self.path(),
+                x,
+                rows,
+                d,
+                c.heads * d,
+                -GRADIENT_FRACTION,
+                WEIGHT_BITS,
+                lines,
+                exponents,
+            );
             for tile in 0..=positions[rows - 1] / TILE {
                 let count = causal(positions, tile, blocks);
                 let job = Job {
@@ -489,7 +494,11 @@ impl Head<'_> {
             }
             quantize::finish(&mut exponents[..seen * PANEL_EXPONENTS], rows);
             let mut y = [0; PANEL * TILE];
-            let mut dq = [0; PANEL * HEAD_MAX];
+            // SAFETY: (row, head) belongs to this index.
+            let to = |r: usize| unsafe {
+                let row = self.s.first_row + panel * PANEL + r;
+                self.out[0].part((row * c.heads + self.g * group + h) * d, d)
+            };
             for b in 0..blocks {
                 let job = Job {
                     a: lines.as_ptr(),
@@ -510,17 +519,12 @@ impl Head<'_> {
                 counts.matmul += unsafe { run(self.path(), Kind::Lines, rows, &job) };
                 let width = TILE.min(d - b * TILE);
                 scale(self.path(), &mut y, c.inverse_root);
-                for r in 0..rows {
-                    dq[r * d + b * TILE..][..width].copy_from_slice(&y[r * TILE..][..width]);
+                for (r, y) in y.as_chunks::<TILE>().0.iter().take(rows).enumerate() {
+                    put(&mut to(r)[b * TILE..][..width], y);
                 }
             }
             for (r, &position) in positions.iter().take(rows).enumerate() {
-                let x = &mut dq[r * d..(r + 1) * d];
-                counts.rope += self.rotate_back(x, position);
-                let row = self.s.first_row + position;
-                let at = (row * c.heads + self.g * group + h) * d;
-                // SAFETY: (row, head) belongs to this index.
-                unsafe { self.out[0].part(at, d) }.copy_from_slice(x);
+                counts.rope += self.rotate_back(to(r), position);
             }
         }
     }

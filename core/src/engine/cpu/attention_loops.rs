@@ -3,35 +3,44 @@
 use manyhands_shaders::bfp::{BLOCK, WEIGHT_BITS};
 use manyhands_shaders::twin::GRADIENT_FRACTION;
 
-use super::heads::{HEAD_MAX, rotate};
+use super::heads;
 use super::kernel::{EXPONENT_SHIFT, TILE, ZERO_EXPONENT};
 use super::pack::{GROUP, Strip, magnitudes, scatter, strip, strip_folded};
 use super::path::simd;
-use super::scalar::{could_clamp, flag, mulsh_wide, sat};
+use super::scalar::{Rounding, integer, mulsh_wide, sat};
 
 simd! {
     /// One row of `dS` from `dP` in place, over whole blocks; `p` is zero beyond the diagonal.
     /// Returns the number of clamps.
     pub(super) fn softmax_gradient(dp: &mut [i32], p: &[i32]) -> u64 {
-        let p = &p[..dp.len()];
+        const BY: Rounding = Rounding::new(24);
+        let (dp, p) = (dp.as_chunks_mut::<BLOCK>().0, p.as_chunks::<BLOCK>().0);
         let mut count = 0;
-        let mut mean = 0_i64;
-        for (&d, &p) in dp.iter().zip(p) {
-            mean += mulsh_wide(d, p, 24);
+        let (mut mean, mut any) = (0_i64, 0);
+        for (dp, p) in dp.iter().zip(p) {
+            for i in 0..BLOCK {
+                any |= dp[i].unsigned_abs();
+                let product = f64::from(dp[i]) * f64::from(p[i]);
+                mean += BY.integer(BY.sum(product, &mut 0));
+            }
         }
-        let mean = sat(mean, &mut count);
-        // A probability is at most 1: a difference far below the limit stays there.
-        let mut flags = 0;
-        for &d in &*dp {
-            flags |= flag(i64::from(d) - i64::from(mean));
-        }
-        if could_clamp(flags) {
-            for (d, &p) in dp.iter_mut().zip(p) {
-                *d = sat(mulsh_wide(d.wrapping_sub(mean), p, 24), &mut count);
+        // A probability is at most 2^24: f64 holds these products and those with differences,
+        // which no clamp is near.
+        if any < 1 << 28 && mean.unsigned_abs() < 1 << 28 {
+            for (dp, p) in dp.iter_mut().zip(p) {
+                for i in 0..BLOCK {
+                    let product = (f64::from(dp[i]) - mean as f64) * f64::from(p[i]);
+                    dp[i] = integer(BY.sum(product, &mut 0));
+                }
             }
         } else {
-            for (d, &p) in dp.iter_mut().zip(p) {
-                *d = mulsh_wide(*d - mean, p, 24) as i32;
+            let mut mean = 0;
+            for (&d, &p) in dp.as_flattened().iter().zip(p.as_flattened()) {
+                mean += mulsh_wide(d, p, 24);
+            }
+            let mean = sat(mean, &mut count);
+            for (d, &p) in dp.as_flattened_mut().iter_mut().zip(p.as_flattened()) {
+                *d = sat(mulsh_wide(d.wrapping_sub(mean), p, 24), &mut count);
             }
         }
         count.cast_unsigned()
@@ -115,12 +124,7 @@ simd! {
 simd! {
     /// Rotates `x` (D) back, in place; the number of clamps.
     pub(super) fn rotate_back(x: &mut [i32], cos: &[i32], sin: &[i32]) -> u64 {
-        let mut count = 0;
-        let mut out = [0; HEAD_MAX];
-        let out = &mut out[..x.len()];
-        rotate(x, cos, sin, -1, out, &mut count);
-        x.copy_from_slice(out);
-        count.cast_unsigned()
+        heads::rotate_back(x, cos, sin).cast_unsigned()
     }
 }
 

@@ -13,7 +13,8 @@ use super::kernel::{
     EXPONENT_SHIFT, PANEL, PANEL_BLOCK, PANEL_EXPONENTS, TILE, TILE_BLOCK, ZERO_EXPONENT,
 };
 use super::path::simd;
-use super::scalar::{could_clamp, flag, rne64, sat};
+use super::quantize::{down, mantissas, put, whole};
+use super::scalar::{Rounding, could_clamp, integers, rne64, sat};
 use super::workers::Shared;
 use super::{Cpu, Tensor};
 use crate::engine::{Batch, copy_part};
@@ -105,37 +106,84 @@ pub(super) fn copy_slot(c: &AttentionConstants, cache: &mut Cache, from: usize, 
     copy_part(&mut cache.value_exponents, positions, from, to);
 }
 
-/// Rotates `x` (D) into `out` (D) by `cos` and `sin` (D / 2), `sign` -1 for the inverse.
+/// Pairs of channels that are rotated at once.
+const TURN: usize = 16;
+
+/// Rotates the first pairs of channels, as many as there are up to [`TURN`], by `cos` and `sin`,
+/// `sign` -1 for the inverse. Sets `redo` if a clamp is possible: [`turn_counted`] is due.
 #[inline(always)]
-pub(super) fn rotate(
-    x: &[i32],
+fn turn(
+    [a, b]: [&[i32]; 2],
     cos: &[i32],
     sin: &[i32],
-    sign: i64,
-    out: &mut [i32],
-    count: &mut i64,
-) {
-    let half = cos.len();
-    let (low, high) = out[..2 * half].split_at_mut(half);
-    let (a, b) = x[..2 * half].split_at(half);
-    let sin = &sin[..half];
-    let turned = |i: usize| {
-        let (c, s) = (i64::from(cos[i]), i64::from(sin[i]) * sign);
-        let (a, b) = (i64::from(a[i]), i64::from(b[i]));
-        (rne64(a * c - b * s, 14), rne64(b * c + a * s, 14))
-    };
-    let mut flags = 0;
-    for i in 0..half {
-        let (x, y) = turned(i);
-        flags |= flag(x) | flag(y);
-        (low[i], high[i]) = (x as i32, y as i32);
+    sign: f64,
+    redo: &mut bool,
+) -> [[i32; TURN]; 2] {
+    const BY: Rounding = Rounding::new(14);
+    let (a, b, cos, sin) =
+        (whole::<TURN>(a), whole::<TURN>(b), whole::<TURN>(cos), whole::<TURN>(sin));
+    let (mut low, mut high, mut flags) = ([0.0; TURN], [0.0; TURN], 0);
+    for i in 0..TURN {
+        let (c, s) = (f64::from(cos[i]), f64::from(sin[i]) * sign);
+        let (a, b) = (f64::from(a[i]), f64::from(b[i]));
+        low[i] = BY.sum(a * c - b * s, &mut flags);
+        high[i] = BY.sum(b * c + a * s, &mut flags);
     }
-    if could_clamp(flags) {
-        for i in 0..half {
-            let (x, y) = turned(i);
-            (low[i], high[i]) = (sat(x, count), sat(y, count));
+    *redo |= could_clamp(flags);
+    [integers(&low), integers(&high)]
+}
+
+/// Rotates `x` (D) into `out` (D) by `cos` and `sin` (D / 2). Returns the number of clamps.
+#[inline(always)]
+fn rotate(x: &[i32], cos: &[i32], sin: &[i32], out: &mut [i32]) -> i64 {
+    let (half, mut redo) = (cos.len(), false);
+    let (a, b) = x[..2 * half].split_at(half);
+    let (to_a, to_b) = out[..2 * half].split_at_mut(half);
+    for i in (0..half).step_by(TURN) {
+        let [low, high] = turn([&a[i..], &b[i..]], &cos[i..], &sin[i..], 1.0, &mut redo);
+        put(&mut to_a[i..], &low);
+        put(&mut to_b[i..], &high);
+    }
+    if !redo {
+        return 0;
+    }
+    to_a.copy_from_slice(a);
+    to_b.copy_from_slice(b);
+    turn_counted([to_a, to_b], cos, sin, 1)
+}
+
+/// Rotates `x` (D) back, in place, by `cos` and `sin` (D / 2). Returns the number of clamps.
+#[inline(always)]
+pub(super) fn rotate_back(x: &mut [i32], cos: &[i32], sin: &[i32]) -> i64 {
+    let (half, mut count) = (cos.len(), 0);
+    let (a, b) = x[..2 * half].split_at_mut(half);
+    for i in (0..half).step_by(TURN) {
+        let (a, b, cos, sin) = (&mut a[i..], &mut b[i..], &cos[i..], &sin[i..]);
+        let mut redo = false;
+        let [low, high] = turn([a, b], cos, sin, -1.0, &mut redo);
+        if redo {
+            let n = TURN.min(half - i);
+            count += turn_counted([&mut a[..n], &mut b[..n]], cos, sin, -1);
+        } else {
+            put(a, &low);
+            put(b, &high);
         }
     }
+    count
+}
+
+/// Rotates in place, clamped; returns the number of clamps. Apart, what the fast loops compute
+/// stays in registers.
+#[cold]
+fn turn_counted([a, b]: [&mut [i32]; 2], cos: &[i32], sin: &[i32], sign: i32) -> i64 {
+    let mut count = 0;
+    for (i, (to_a, to_b)) in a.iter_mut().zip(b).enumerate() {
+        let (c, s) = (i64::from(cos[i]), i64::from(sin[i] * sign));
+        let (a, b) = (i64::from(*to_a), i64::from(*to_b));
+        *to_a = sat(rne64(a * c - b * s, 14), &mut count);
+        *to_b = sat(rne64(b * c + a * s, 14), &mut count);
+    }
+    count
 }
 
 /// Quantises a head's vector (D) with one exponent into `m` (padded D). Returns the canonical
@@ -143,31 +191,17 @@ pub(super) fn rotate(
 #[inline(always)]
 fn quantize(x: &[i32], bits: u32, m: &mut [i16]) -> (i32, i32) {
     let mut any = 0;
-    for v in x {
-        any |= v.unsigned_abs();
-    }
-    if x.len() < m.len() {
-        m[x.len()..].fill(0);
-    }
-    if any == 0 {
-        m.fill(0);
-        return (0, ZERO_EXPONENT);
-    }
-    let s = (32 - any.leading_zeros()).cast_signed() - (bits.cast_signed() - 1);
-    let m = &mut m[..x.len()];
-    if s <= 0 {
-        for (m, x) in m.iter_mut().zip(x) {
-            *m = (x << -s) as i16;
+    for x in x.chunks(BLOCK) {
+        for v in whole::<BLOCK>(x) {
+            any |= v.unsigned_abs();
         }
-    } else {
-        let max = (1 << (bits - 1)) - 1;
-        let half = (1 << (s - 1)) - 1;
-        for (m, x) in m.iter_mut().zip(x) {
-            *m = ((x + half + ((x >> s) & 1)) >> s).clamp(-max, max) as i16;
-        }
+    }
+    let s = down(any, bits);
+    for (x, m) in x.chunks(BLOCK).zip(m.as_chunks_mut().0) {
+        mantissas(&whole(x), any, s, bits, m);
     }
     let e = s - ACTIVATION_FRACTION;
-    (e, e << EXPONENT_SHIFT)
+    if any == 0 { (0, ZERO_EXPONENT) } else { (e, e << EXPONENT_SHIFT) }
 }
 
 simd! {
@@ -186,7 +220,7 @@ simd! {
             x
         } else {
             let rotated = &mut rotated[..x.len()];
-            rotate(x, cos, sin, 1, rotated, &mut count);
+            count = rotate(x, cos, sin, rotated);
             &*rotated
         };
         let (canonical, stored) = quantize(x, bits, m);

@@ -11,7 +11,7 @@ use super::workers::Shared;
 use super::{Cpu, Tensor};
 
 /// Weights are in Q23.
-const DOWN: i32 = 30 - 23;
+const DOWN: u32 = 30 - 23;
 
 #[inline(always)]
 fn largest(x: &[i32]) -> i32 {

@@ -4,17 +4,17 @@
 use std::sync::Mutex;
 use std::sync::PoisonError;
 
-use manyhands_shaders::bfp::{ACTIVATION_BITS, BLOCK};
+use manyhands_shaders::bfp::BLOCK;
 use manyhands_shaders::twin::rmsnorm::{NormConstants, RowScale};
-use manyhands_shaders::twin::{ACTIVATION_FRACTION, GRADIENT_FRACTION, SHARE_FRACTION, Site};
-use manyhands_shaders::x1::{bl, bl64, isqrt, rne};
+use manyhands_shaders::twin::{GRADIENT_FRACTION, SHARE_FRACTION, Site};
+use manyhands_shaders::x1::{bl, bl64, rne};
 
 use super::buffer::Buffer;
-use super::kernel::{PANEL, PANEL_BLOCK, PANEL_EXPONENTS};
+use super::kernel::PANEL;
 use super::operands::Panels;
 use super::path::simd;
 use super::quantize::{self, put, whole};
-use super::scalar::{could_clamp, flag, mulsh, mulsh_pair, mulsh_wide, pairs, sat, unpairs};
+use super::scalar::{Rounding, could_clamp, integer, integers, mulsh, sat};
 use super::workers::Shared;
 use super::{Cpu, Tensor};
 
@@ -49,7 +49,9 @@ fn row_scale(h: &[i32], c: &NormConstants) -> RowScale {
     sum += c.epsilon >> (2 * prescale);
     let up = (32 - bl64(sum)) & !1;
     let v = if up >= 0 { sum << up } else { sum >> -up } as u32;
-    let r = ((1 << 31) / isqrt(v)).min(65535);
+    // Correctly rounded, with 20 bits to spare: below an integer if the exact root is.
+    let root = f64::from(v).sqrt() as u32;
+    let r = ((1 << 31) / root).min(65535);
     let scale = rne(i64::from(r * c.root), 16) as i32;
     RowScale { scale, shift: -(up / 2 - 31 - prescale + 32 - c.root_shift) }
 }
@@ -68,39 +70,62 @@ simd! {
         let width = c.width;
         let rows = h.len() / width;
         let mut count = 0;
+        // All scales first: each is a long chain of dependent instructions.
+        for i in 0..rows {
+            let s = row_scale(&h[i * width..(i + 1) * width], c);
+            scales[2 * i] = s.scale;
+            scales[2 * i + 1] = s.shift;
+        }
         for i in 0..rows {
             let h = &h[i * width..(i + 1) * width];
             let unit = &mut unit[i * width..(i + 1) * width];
-            let s = row_scale(h, c);
-            scales[2 * i] = s.scale;
-            scales[2 * i + 1] = s.shift;
+            let s = RowScale { scale: scales[2 * i], shift: scales[2 * i + 1] };
+            let shift = s.shift.cast_unsigned();
+            let (to_unit, to_out) = (Rounding::new(shift), Rounding::new(shift + 12));
+            let mut redo = false;
             for (b, (h, unit)) in h.chunks(BLOCK).zip(unit.chunks_mut(BLOCK)).enumerate() {
-                let (h, gain) = (whole(h), whole(&gain[b * BLOCK..]));
-                let (x, g) = (pairs(&h), pairs(&gain));
-                let scale = pairs(&[s.scale; BLOCK])[0];
-                let (mut u, mut y, mut flags) = ([0; BLOCK / 2], [0; BLOCK / 2], 0);
-                for j in 0..BLOCK / 2 {
-                    u[j] = mulsh_pair(x[j], scale, s.shift as u32, &mut flags);
-                    y[j] = mulsh_pair(u[j], g[j], 12, &mut flags);
+                let (h, gain) = (whole::<BLOCK>(h), whole::<BLOCK>(&gain[b * BLOCK..]));
+                let (mut u, mut y, mut flags) = ([0.0; BLOCK], [0.0; BLOCK], 0);
+                for j in 0..BLOCK {
+                    u[j] = to_unit.sum(f64::from(h[j]) * f64::from(s.scale), &mut flags);
+                    let x = to_unit.rounded(u[j]);
+                    y[j] = to_out.sum(x * f64::from(gain[j]), &mut flags);
                 }
-                let (mut u, mut out) = (unpairs(&u), unpairs(&y));
-                if could_clamp(flags) {
-                    for j in 0..BLOCK {
-                        u[j] = mulsh(h[j], s.scale, s.shift as u32, &mut count);
-                        out[j] = mulsh(u[j], gain[j], 12, &mut count);
-                    }
-                }
-                put(unit, &u);
-                let m = &mut mantissas[b * PANEL_BLOCK + i * BLOCK..][..BLOCK];
-                if let Ok(m) = m.try_into() {
-                    let e = quantize::block(&out, -ACTIVATION_FRACTION, ACTIVATION_BITS, m);
-                    exponents[b * PANEL_EXPONENTS + i] = e;
-                }
+                redo |= could_clamp(flags);
+                put(unit, &integers(&u));
+                quantize::line(&integers(&y), b, i, mantissas, exponents);
+            }
+            if redo {
+                count += forward_counted(h, gain, s, unit, i, mantissas, exponents);
             }
         }
         quantize::finish(exponents, rows);
         count.cast_unsigned()
     }
+}
+
+/// Row `i` of a panel with clamps; their number. Apart, what the fast loop computes stays in
+/// registers.
+#[cold]
+fn forward_counted(
+    h: &[i32],
+    gain: &[i32],
+    s: RowScale,
+    unit: &mut [i32],
+    i: usize,
+    mantissas: &mut [i16],
+    exponents: &mut [i32],
+) -> i64 {
+    let mut count = 0;
+    for b in 0..h.len().div_ceil(BLOCK) {
+        let mut y = [0; BLOCK];
+        for (j, y) in (b * BLOCK..h.len()).zip(&mut y) {
+            unit[j] = mulsh(h[j], s.scale, s.shift.cast_unsigned(), &mut count);
+            *y = mulsh(unit[j], gain[j], 12, &mut count);
+        }
+        quantize::line(&y, b, i, mantissas, exponents);
+    }
+    count
 }
 
 simd! {
@@ -117,24 +142,30 @@ simd! {
         du: &mut [i32],
     ) -> u64 {
         const TO_SHARE: u32 = (16 + GRADIENT_FRACTION - SHARE_FRACTION) as u32;
+        const SHARE: Rounding = Rounding::new(TO_SHARE);
+        const GAIN: Rounding = Rounding::new(12);
+        const ALONG: Rounding = Rounding::new(16);
+        const GAIN_ALONG: Rounding = Rounding::new(12 + 16);
         let n = dn.len();
         let (unit, gain, gain_grad, du) =
             (&unit[..n], &gain[..n], &mut gain_grad[..n], &mut du[..n]);
         let mut count = 0;
         let (mut projection, mut flags) = (0_i64, 0);
         for i in 0..n {
-            let share = mulsh_wide(dn[i], unit[i], TO_SHARE);
-            let d = mulsh_wide(dn[i], gain[i], 12);
-            let along = mulsh_wide(d as i32, unit[i], 16);
-            flags |= flag(share) | flag(d) | flag(along);
-            gain_grad[i] += share;
-            du[i] = d as i32;
-            projection += along;
+            let (dn, unit) = (f64::from(dn[i]), f64::from(unit[i]));
+            let share = SHARE.sum(dn * unit, &mut flags);
+            let d = GAIN.sum(dn * f64::from(gain[i]), &mut flags);
+            let along = GAIN_ALONG.sum(GAIN.rounded(d) * unit, &mut flags);
+            gain_grad[i] += SHARE.integer(share);
+            du[i] = integer(d);
+            // Wraps only where the sum is taken again.
+            projection = projection.wrapping_add(GAIN_ALONG.integer(along));
         }
         if could_clamp(flags) {
             projection = 0;
             for i in 0..n {
-                gain_grad[i] -= mulsh_wide(dn[i], unit[i], TO_SHARE);
+                let share = SHARE.sum(f64::from(dn[i]) * f64::from(unit[i]), &mut 0);
+                gain_grad[i] -= SHARE.integer(share);
                 gain_grad[i] += i64::from(mulsh(dn[i], unit[i], TO_SHARE, &mut count));
                 du[i] = mulsh(dn[i], gain[i], 12, &mut count);
                 projection += i64::from(mulsh(du[i], unit[i], 16, &mut count));
@@ -142,12 +173,11 @@ simd! {
         }
         let projection = sat(projection, &mut count);
         let mean = mulsh(projection, inverse_width, 20, &mut count);
-        let mut flags = 0;
+        let (mut flags, to_out) = (0, Rounding::new(16 + shift));
         for i in 0..n {
-            let along = mulsh_wide(unit[i], mean, 16);
-            let d = mulsh_wide(du[i].wrapping_sub(along as i32), scale, shift);
-            flags |= flag(along) | flag(d);
-            du[i] = d as i32;
+            let along = ALONG.sum(f64::from(unit[i]) * f64::from(mean), &mut flags);
+            let d = f64::from(du[i]) * 65536.0 - ALONG.rounded(along);
+            du[i] = integer(to_out.sum(d * f64::from(scale), &mut flags));
         }
         if could_clamp(flags) {
             for i in 0..n {

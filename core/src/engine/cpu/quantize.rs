@@ -1,7 +1,8 @@
 //! Quantisation into panels: rows of fixed point to lines of mantissas.
 #![expect(unsafe_code, reason = "panels are written by several threads")]
 
-use manyhands_shaders::bfp::BLOCK;
+use manyhands_shaders::bfp::{ACTIVATION_BITS, BLOCK};
+use manyhands_shaders::twin::ACTIVATION_FRACTION;
 
 use super::kernel::{EXPONENT_SHIFT, PANEL, PANEL_BLOCK, PANEL_EXPONENTS, ZERO_EXPONENT};
 use super::operands::Panels;
@@ -17,34 +18,47 @@ pub(super) fn block(x: &[i32; BLOCK], e: i32, bits: u32, m: &mut [i16; BLOCK]) -
     for v in x {
         any |= v.unsigned_abs();
     }
-    if any == 0 {
-        *m = [0; BLOCK];
-        return ZERO_EXPONENT;
-    }
-    let length = 32 - any.leading_zeros();
-    let s = length.cast_signed() - (bits.cast_signed() - 1);
-    if s <= 0 {
-        for i in 0..BLOCK {
-            m[i] = (x[i] << -s) as i16;
-        }
-    } else {
-        let max = (1 << (bits - 1)) - 1;
-        let half = (1 << (s - 1)) - 1;
-        for i in 0..BLOCK {
-            m[i] = ((x[i] + half + ((x[i] >> s) & 1)) >> s).clamp(-max, max) as i16;
-        }
-    }
-    (e + s) << EXPONENT_SHIFT
+    let s = down(any, bits);
+    mantissas(x, any, s, bits, m);
+    if any == 0 { ZERO_EXPONENT } else { (e + s) << EXPONENT_SHIFT }
 }
 
-/// The first 32 values, zeros where there are fewer: loops over whole blocks vectorise.
+/// The power of two that quantising to `bits` bits takes away from values whose magnitudes have
+/// the union `any`.
 #[inline(always)]
-pub(super) fn whole(x: &[i32]) -> [i32; BLOCK] {
+pub(super) fn down(any: u32, bits: u32) -> i32 {
+    (32 - any.leading_zeros()).cast_signed() - (bits.cast_signed() - 1)
+}
+
+/// `x * 2^-s`, to nearest even, clamped to `bits` bits: `s` is what [`down`] says of `any`.
+#[inline(always)]
+pub(super) fn mantissas(x: &[i32; BLOCK], any: u32, s: i32, bits: u32, m: &mut [i16; BLOCK]) {
+    let max = (1 << (bits - 1)) - 1;
+    if any < 1 << 24 {
+        // Exact in f32, which rounds by an addition; mantissas are then the low bits.
+        const MAGIC: f32 = 12_582_912.0;
+        const ZERO: i32 = MAGIC.to_bits().cast_signed();
+        let scale = f32::from_bits(((127 - s) << 23).cast_unsigned());
+        for i in 0..BLOCK {
+            let sum = (x[i] as f32 * scale + MAGIC).to_bits().cast_signed();
+            m[i] = sum.max(ZERO - max).min(ZERO + max) as i16;
+        }
+    } else {
+        let half = (1 << (s - 1)) - 1;
+        for i in 0..BLOCK {
+            m[i] = ((x[i] + half + ((x[i] >> s) & 1)) >> s).max(-max).min(max) as i16;
+        }
+    }
+}
+
+/// The first values, zeros where there are fewer: loops over whole blocks vectorise.
+#[inline(always)]
+pub(super) fn whole<const N: usize>(x: &[i32]) -> [i32; N] {
     match x.first_chunk() {
         Some(x) => *x,
         None => {
-            let mut out = [0; BLOCK];
-            out[..x.len()].copy_from_slice(x);
+            let mut out = [0; N];
+            copy_part(&mut out[..x.len()], x);
             out
         }
     }
@@ -52,11 +66,19 @@ pub(super) fn whole(x: &[i32]) -> [i32; BLOCK] {
 
 /// The first values of a block, as many as there is room for.
 #[inline(always)]
-pub(super) fn put(to: &mut [i32], x: &[i32; BLOCK]) {
+pub(super) fn put<const N: usize>(to: &mut [i32], x: &[i32; N]) {
     match to.first_chunk_mut() {
         Some(to) => *to = *x,
-        None => to.copy_from_slice(&x[..to.len()]),
+        None => copy_part(to, x),
     }
+}
+
+/// A function apart: inlined, it would be joined with the copies of whole blocks to calls of
+/// `memcpy`.
+#[cold]
+#[inline(never)]
+fn copy_part(to: &mut [i32], x: &[i32]) {
+    to.copy_from_slice(&x[..to.len()]);
 }
 
 /// Quantises one row into its place in a panel: `mantissas` and `exponents` start at the row.
@@ -69,23 +91,26 @@ pub(super) fn row(
     mantissas: &mut [i16],
     exponents: &mut [i32],
 ) {
-    let mut blocks = x.chunks_exact(BLOCK);
-    let mut b = 0;
-    for x in &mut blocks {
-        let m = &mut mantissas[b * PANEL_BLOCK + at * BLOCK..][..BLOCK];
-        if let (Ok(x), Ok(m)) = (x.try_into(), m.try_into()) {
-            exponents[b * PANEL_EXPONENTS + at] = block(x, e, bits, m);
+    for (b, x) in x.chunks(BLOCK).enumerate() {
+        let m = &mut mantissas[b * PANEL_BLOCK + at * BLOCK..];
+        if let Some(m) = m.first_chunk_mut() {
+            exponents[b * PANEL_EXPONENTS + at] = block(&whole(x), e, bits, m);
         }
-        b += 1;
     }
-    let rest = blocks.remainder();
-    if !rest.is_empty() {
-        let mut last = [0; BLOCK];
-        last[..rest.len()].copy_from_slice(rest);
-        let m = &mut mantissas[b * PANEL_BLOCK + at * BLOCK..][..BLOCK];
-        if let Ok(m) = m.try_into() {
-            exponents[b * PANEL_EXPONENTS + at] = block(&last, e, bits, m);
-        }
+}
+
+/// Quantises activations, block `b` of a panel's row `at`.
+#[inline(always)]
+pub(super) fn line(
+    x: &[i32; BLOCK],
+    b: usize,
+    at: usize,
+    mantissas: &mut [i16],
+    exponents: &mut [i32],
+) {
+    if let Some(m) = mantissas[b * PANEL_BLOCK + at * BLOCK..].first_chunk_mut() {
+        let e = block(x, -ACTIVATION_FRACTION, ACTIVATION_BITS, m);
+        exponents[b * PANEL_EXPONENTS + at] = e;
     }
 }
 
@@ -102,18 +127,19 @@ pub(super) fn finish(exponents: &mut [i32], rows: usize) {
 }
 
 simd! {
-    /// Quantises up to 6 rows of `x` (rows, `cols`) in `FX(-e)` into a panel.
+    /// Quantises up to 6 rows of `cols` values, `stride` apart in `x`, in `FX(-e)` into a panel.
     pub(super) fn panel(
         x: &[i32],
+        rows: usize,
         cols: usize,
+        stride: usize,
         e: i32,
         bits: u32,
         mantissas: &mut [i16],
         exponents: &mut [i32],
     ) {
-        let rows = x.len() / cols;
         for i in 0..rows {
-            row(&x[i * cols..(i + 1) * cols], e, bits, i, mantissas, exponents);
+            row(&x[i * stride..i * stride + cols], e, bits, i, mantissas, exponents);
         }
         finish(exponents, rows);
     }
@@ -132,7 +158,7 @@ pub(super) fn rows(cpu: &Cpu, x: &Tensor, e: i32, bits: u32) -> Panels {
             let (m, es) = unsafe {
                 (m.part(p * panel_len, panel_len), es.part(p * panel_exponents, panel_exponents))
             };
-            panel(cpu.path, &x.data[first * cols..(first + n) * cols], cols, e, bits, m, es);
+            panel(cpu.path, &x.data[first * cols..], n, cols, cols, e, bits, m, es);
         }
     });
     out

@@ -49,59 +49,68 @@ pub(super) fn length_field(x: i32) -> i32 {
     ((x & !(x >> 1)).cast_signed() as f32).to_bits().cast_signed() >> 23
 }
 
-/// A block as pairs of neighbours: 64-bit products need no widening of their operands then.
+/// Rounding of f64 by addition: to multiples of `2^s`, ties to even.
+///
+/// Vector units multiply and round f64 in two instructions where 64-bit integers take six. It is
+/// exact: integer operands of at most 31 bits have a product that f64 holds if it is below 2^53,
+/// and one that is not, times `2^-s` with `s <= 24`, is at least 2^29, which [`could_clamp`] tells.
+#[derive(Clone, Copy)]
+pub(super) struct Rounding(f64);
+
+impl Rounding {
+    /// `1.5 * 2^(52 + s)`: the last place of sums with it is `2^s`. And 2^29 last places, with
+    /// which a result that is far from every clamp is one of 30 bits.
+    #[inline(always)]
+    pub(super) const fn new(s: u32) -> Self {
+        Self(f64::from_bits((1075 + s as u64) << 52 | 1 << 51 | 1 << 29))
+    }
+
+    /// The sum that rounds `x`, below `2^(50 + s)` in magnitude, and into `flags` what
+    /// [`could_clamp`] needs of it.
+    #[inline(always)]
+    pub(super) fn sum(self, x: f64, flags: &mut u64) -> f64 {
+        let sum = x + self.0;
+        *flags |= sum.to_bits();
+        sum
+    }
+
+    /// What was rounded, as a multiple of `2^s`.
+    #[inline(always)]
+    pub(super) fn rounded(self, sum: f64) -> f64 {
+        sum - self.0
+    }
+
+    /// What was rounded, times `2^-s`.
+    #[inline(always)]
+    pub(super) fn integer(self, sum: f64) -> i64 {
+        sum.to_bits().wrapping_sub(self.0.to_bits()).cast_signed()
+    }
+}
+
+/// What was rounded, times `2^-s`, if it is of 32 bits.
 #[inline(always)]
-pub(super) fn pairs(x: &[i32; 32]) -> [u64; 16] {
-    let mut out = [0; 16];
-    for i in 0..16 {
-        out[i] = join(x[2 * i], x[2 * i + 1]);
+pub(super) fn integer(sum: f64) -> i32 {
+    (sum.to_bits() as i32).wrapping_sub(1 << 29)
+}
+
+/// [`integer`] of a block, in two loops: the second has nothing of 64 bits and fills vectors, which
+/// whoever reads them next needs whole.
+#[inline(always)]
+pub(super) fn integers<const N: usize>(sums: &[f64; N]) -> [i32; N] {
+    let mut out = [0; N];
+    for i in 0..N {
+        out[i] = sums[i].to_bits() as i32;
+    }
+    for i in 0..N {
+        out[i] = out[i].wrapping_sub(1 << 29);
     }
     out
 }
 
-/// The inverse of [`pairs`].
-#[inline(always)]
-pub(super) fn unpairs(x: &[u64; 16]) -> [i32; 32] {
-    let mut out = [0; 32];
-    for i in 0..16 {
-        out[2 * i] = x[i] as i32;
-        out[2 * i + 1] = (x[i] >> 32) as i32;
-    }
-    out
-}
-
-#[inline(always)]
-fn join(low: i32, high: i32) -> u64 {
-    u64::from(low.cast_unsigned()) | u64::from(high.cast_unsigned()) << 32
-}
-
-/// What [`could_clamp`] needs of a result.
-#[inline(always)]
-pub(super) fn flag(x: i64) -> u64 {
-    const HALF: i64 = 1 << 29;
-    x.wrapping_add(HALF).cast_unsigned()
-}
-
-/// [`mulsh_wide`] of two pairs, and into `flags` what [`could_clamp`] needs.
-#[inline(always)]
-pub(super) fn mulsh_pair(a: u64, b: u64, s: u32, flags: &mut u64) -> u64 {
-    let low = |x: u64| i64::from(x as i32);
-    let high = |x: u64| x.cast_signed() >> 32;
-    let x = rne64(low(a) * low(b), s);
-    let y = rne64(high(a) * high(b), s);
-    *flags |= flag(x) | flag(y);
-    (x.cast_unsigned() & 0xffff_ffff) | (y.cast_unsigned() << 32)
-}
-
-/// Whether any result of which `flags` is the union was 2^29 or more in magnitude.
+/// Whether any result of which `flags` is the union of sums was 2^29 or more in magnitude.
 #[inline(always)]
 pub(super) fn could_clamp(flags: u64) -> bool {
-    flags >> 30 != 0
-}
-
-/// Sums of the halves of two pairs, wrapping.
-#[inline(always)]
-pub(super) fn add_pair(a: u64, b: u64) -> u64 {
-    let high = (a >> 32).wrapping_add(b >> 32) << 32;
-    high | u64::from((a as u32).wrapping_add(b as u32))
+    // The offset in these bits is all below them, unless a result carries or borrows.
+    const HIGH: u64 = (1 << 51) - (1 << 30);
+    flags & HIGH != 0
 }

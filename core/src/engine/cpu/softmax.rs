@@ -3,50 +3,77 @@
 use manyhands_shaders::bfp::{ACTIVATION_BITS, BLOCK};
 use manyhands_shaders::twin::attention::reciprocal;
 
-use super::kernel::{EXPONENT_SHIFT, PANEL_BLOCK, PANEL_EXPONENTS, ZERO_EXPONENT};
+use super::kernel::{EXPONENT_SHIFT, PANEL, PANEL_BLOCK, PANEL_EXPONENTS, ZERO_EXPONENT};
 use super::pack::ZERO_FIELD;
 use super::path::simd;
-use super::scalar::{length_field, mulsh_wide, shift};
-use super::tables::{distance, exp2n};
+use super::scalar::{Rounding, integer, length_field, shift};
+use super::tables::{distance, exp2n_block};
 
-/// The largest of a block, by halves: a chain of 32 comparisons would not vectorise.
+/// Ones in the first lanes of a block of which `seen` values count: branches on indices would be
+/// compiled to a branch a value.
 #[inline(always)]
-fn largest(x: &[i32; BLOCK]) -> i32 {
-    let mut x = *x;
-    let mut n = BLOCK / 2;
-    while n > 0 {
-        for i in 0..n {
-            x[i] = x[i].max(x[i + n]);
+fn mask(seen: usize) -> &'static [i32] {
+    static MASK: [i32; 2 * BLOCK] = {
+        let mut mask = [0; 2 * BLOCK];
+        let mut i = 0;
+        while i < BLOCK {
+            mask[i] = -1;
+            i += 1;
         }
-        n /= 2;
-    }
-    x[0]
+        mask
+    };
+    &MASK[BLOCK - seen.min(BLOCK)..][..BLOCK]
 }
 
 simd! {
-    /// Scores of the first `n` keys to probabilities in Q24, in place; zeros after them.
-    /// `s` is of whole blocks of 32.
-    pub(super) fn probabilities(s: &mut [i32], n: usize, scale: i32) {
-        let mut max = i32::MIN;
-        for &s in &s[..n] {
-            max = max.max(s);
-        }
-        // Scores that are masked can be anything: their weights are computed and dropped.
-        for s in s.iter_mut() {
-            *s = exp2n(distance(max, *s, scale).max(0), 30 - 24);
-        }
-        s[n..].fill(0);
-        let mut total = 0_u32;
-        for s in s.as_chunks::<BLOCK>().0 {
-            let mut sum = 0;
-            for &s in s {
-                sum += s;
+    /// A panel's scores to probabilities in Q24, in place; zeros beyond each row's position.
+    /// `width` is of whole blocks of 32, rows are `stride` apart.
+    ///
+    /// Each step is taken for all rows: the steps of one row wait for each other.
+    pub(super) fn probabilities(
+        s: &mut [i32],
+        stride: usize,
+        width: usize,
+        positions: &[usize],
+        scale: i32,
+    ) {
+        let mask = |position: usize, block: usize| mask((position + 1).saturating_sub(block * BLOCK));
+        let mut maxima = [i32::MIN; PANEL];
+        for ((s, position), max) in s.chunks(stride).zip(positions).zip(&mut maxima) {
+            for (b, s) in s[..width].as_chunks::<BLOCK>().0.iter().enumerate() {
+                let mask = mask(*position, b);
+                for i in 0..BLOCK {
+                    *max = (*max).max(s[i] & mask[i] | i32::MIN & !mask[i]);
+                }
             }
-            total += sum.cast_unsigned() >> 8;
         }
-        let (reciprocal, down) = reciprocal(total);
-        for s in s.iter_mut() {
-            *s = mulsh_wide(*s, reciprocal, down.cast_unsigned()) as i32;
+        let mut totals = [0_u32; PANEL];
+        let rows = s.chunks_mut(stride).zip(positions).zip(&maxima).zip(&mut totals);
+        for (((s, position), max), total) in rows {
+            for (b, s) in s[..width].as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
+                let mut t = [0; BLOCK];
+                for i in 0..BLOCK {
+                    t[i] = distance(*max, s[i], scale);
+                }
+                // Scores that are masked can be anything: their weights are computed and dropped.
+                let (weights, mask) = (exp2n_block(&t, 30 - 24), mask(*position, b));
+                let mut sum = 0;
+                for i in 0..BLOCK {
+                    s[i] = weights[i] & mask[i];
+                    sum += s[i];
+                }
+                *total += sum.cast_unsigned() >> 8;
+            }
+        }
+        for ((s, _), total) in s.chunks_mut(stride).zip(positions).zip(totals) {
+            let (reciprocal, down) = reciprocal(total);
+            // A weight has 25 bits and a reciprocal 16.
+            let by = Rounding::new(down.cast_unsigned());
+            for s in s[..width].as_chunks_mut::<BLOCK>().0 {
+                for s in s {
+                    *s = integer(by.sum(f64::from(*s) * f64::from(reciprocal), &mut 0));
+                }
+            }
         }
     }
 }
@@ -65,11 +92,10 @@ simd! {
         const BITS: i32 = ACTIVATION_BITS as i32;
         const MAX: i32 = (1 << (BITS - 1)) - 1;
         for (b, (p, e)) in p.as_chunks::<BLOCK>().0.iter().zip(e.as_chunks::<BLOCK>().0).enumerate() {
-            let mut fields = [0; BLOCK];
+            let mut top = i32::MIN;
             for i in 0..BLOCK {
-                fields[i] = ((p[i] as f32).to_bits().cast_signed() >> 23) + e[i];
+                top = top.max(length_field(p[i]) + e[i]);
             }
-            let top = largest(&fields);
             let m = &mut mantissas[b * PANEL_BLOCK + at * BLOCK..][..BLOCK];
             let to = &mut exponents[b * PANEL_EXPONENTS + at];
             if top < ZERO_FIELD {
@@ -101,11 +127,10 @@ simd! {
     ) {
         let max = (1 << (bits - 1)) - 1;
         for (b, (x, e)) in x.as_chunks::<BLOCK>().0.iter().zip(e.as_chunks::<BLOCK>().0).enumerate() {
-            let mut fields = [0; BLOCK];
+            let mut top = i32::MIN;
             for i in 0..BLOCK {
-                fields[i] = length_field(x[i]) + e[i];
+                top = top.max(length_field(x[i]) + e[i]);
             }
-            let top = largest(&fields);
             let m = &mut mantissas[b * PANEL_BLOCK + at * BLOCK..][..BLOCK];
             let to = &mut exponents[b * PANEL_EXPONENTS + at];
             if top < ZERO_FIELD {

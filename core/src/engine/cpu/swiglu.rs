@@ -1,17 +1,26 @@
 //! SwiGLU, forward into blocks and backward: `twin::swiglu`.
 #![expect(unsafe_code, reason = "rows of the outputs are written by several threads")]
 
-use manyhands_shaders::bfp::{ACTIVATION_BITS, BLOCK};
-use manyhands_shaders::twin::{ACTIVATION_FRACTION, Site};
+use manyhands_shaders::bfp::BLOCK;
+use manyhands_shaders::twin::Site;
 
-use super::kernel::{PANEL, PANEL_BLOCK, PANEL_EXPONENTS};
+use super::kernel::PANEL;
 use super::operands::Panels;
 use super::path::simd;
 use super::quantize::{self, put, whole};
-use super::scalar::{add_pair, could_clamp, mulsh, mulsh_pair, pairs, unpairs};
+use super::scalar::{Rounding, could_clamp, integer, integers, mulsh};
 use super::tables::sigmoid;
 use super::workers::Shared;
 use super::{Cpu, Tensor};
+
+/// 1 in `FX(16)`.
+const ONE: f64 = 65536.0;
+
+// Values that were rounded keep the factor 2^16 that their division would take away; these round
+// what has one such factor more.
+const ONCE: Rounding = Rounding::new(16);
+const TWICE: Rounding = Rounding::new(32);
+const FOUR_TIMES: Rounding = Rounding::new(64);
 
 /// [`sigmoid`] of a block, as a loop: `map` would be compiled apart, without SIMD.
 #[inline(always)]
@@ -35,34 +44,80 @@ simd! {
         let rows = gate.len() / cols;
         let mut count = 0;
         for i in 0..rows {
-            let gate = gate[i * cols..(i + 1) * cols].chunks(BLOCK);
-            let up = up[i * cols..(i + 1) * cols].chunks(BLOCK);
-            for (b, (gate, up)) in gate.zip(up).enumerate() {
-                let (gate, up) = (whole(gate), whole(up));
-                let (g, u) = (pairs(&gate), pairs(&up));
-                let sig = pairs(&sigmoids(&gate));
-                let (mut y, mut flags) = ([0; BLOCK / 2], 0);
-                for j in 0..BLOCK / 2 {
-                    let silu = mulsh_pair(g[j], sig[j], 16, &mut flags);
-                    y[j] = mulsh_pair(silu, u[j], 16, &mut flags);
+            let (gate, up) = (&gate[i * cols..(i + 1) * cols], &up[i * cols..(i + 1) * cols]);
+            let mut redo = false;
+            for (b, (gate, up)) in gate.chunks(BLOCK).zip(up.chunks(BLOCK)).enumerate() {
+                let (gate, up) = (whole::<BLOCK>(gate), whole::<BLOCK>(up));
+                let sig = sigmoids(&gate);
+                let (mut y, mut flags) = ([0.0; BLOCK], 0);
+                for j in 0..BLOCK {
+                    let silu = ONCE.sum(f64::from(gate[j]) * f64::from(sig[j]), &mut flags);
+                    y[j] = TWICE.sum(ONCE.rounded(silu) * f64::from(up[j]), &mut flags);
                 }
-                let mut out = unpairs(&y);
-                if could_clamp(flags) {
-                    for j in 0..BLOCK {
-                        let silu = mulsh(gate[j], sigmoid(gate[j]), 16, &mut count);
-                        out[j] = mulsh(silu, up[j], 16, &mut count);
-                    }
-                }
-                let m = &mut mantissas[b * PANEL_BLOCK + i * BLOCK..][..BLOCK];
-                if let Ok(m) = m.try_into() {
-                    let e = quantize::block(&out, -ACTIVATION_FRACTION, ACTIVATION_BITS, m);
-                    exponents[b * PANEL_EXPONENTS + i] = e;
-                }
+                redo |= could_clamp(flags);
+                quantize::line(&integers(&y), b, i, mantissas, exponents);
+            }
+            if redo {
+                count += forward_counted(gate, up, i, mantissas, exponents);
             }
         }
         quantize::finish(exponents, rows);
         count.cast_unsigned()
     }
+}
+
+/// Row `i` of a panel with clamps; their number. Apart, what the fast loop computes stays in
+/// registers.
+#[cold]
+fn forward_counted(
+    gate: &[i32],
+    up: &[i32],
+    i: usize,
+    mantissas: &mut [i16],
+    exponents: &mut [i32],
+) -> i64 {
+    let mut count = 0;
+    for (b, (gate, up)) in gate.chunks(BLOCK).zip(up.chunks(BLOCK)).enumerate() {
+        let mut y = [0; BLOCK];
+        for (y, (&gate, &up)) in y.iter_mut().zip(gate.iter().zip(up)) {
+            let silu = mulsh(gate, sigmoid(gate), 16, &mut count);
+            *y = mulsh(silu, up, 16, &mut count);
+        }
+        quantize::line(&y, b, i, mantissas, exponents);
+    }
+    count
+}
+
+/// Backward of one block; the number of clamps.
+#[inline(always)]
+fn backward_block(
+    [da, gate, up]: [&[i32; BLOCK]; 3],
+    d_gate: &mut [i32; BLOCK],
+    d_up: &mut [i32; BLOCK],
+) -> i64 {
+    let sig = sigmoids(gate);
+    let (mut count, mut flags) = (0, 0);
+    for j in 0..BLOCK {
+        let (d, sig) = (f64::from(da[j]), f64::from(sig[j]));
+        let silu = ONCE.sum(f64::from(gate[j]) * sig, &mut flags);
+        let silu = ONCE.rounded(silu);
+        // silu'(g) = sig + silu * (1 - sig)
+        let part = TWICE.sum(silu * (ONE - sig), &mut flags);
+        let slope = sig * (ONE * ONE) + TWICE.rounded(part);
+        let du = ONCE.sum(d * f64::from(up[j]), &mut flags);
+        d_gate[j] = integer(FOUR_TIMES.sum(ONCE.rounded(du) * slope, &mut flags));
+        d_up[j] = integer(TWICE.sum(d * silu, &mut flags));
+    }
+    if could_clamp(flags) {
+        for j in 0..BLOCK {
+            let silu = mulsh(gate[j], sig[j], 16, &mut count);
+            let slope = sig[j] + mulsh(silu, 65536 - sig[j], 16, &mut count);
+            let du = mulsh(da[j], up[j], 16, &mut count);
+            d_gate[j] = mulsh(du, slope, 16, &mut count);
+            d_up[j] = mulsh(da[j], silu, 16, &mut count);
+        }
+    }
+    count
 }
 
 simd! {
@@ -74,40 +129,21 @@ simd! {
         d_gate: &mut [i32],
         d_up: &mut [i32],
     ) -> u64 {
+        let ((da, da_end), (gate, gate_end)) = (da.as_chunks(), gate.as_chunks());
+        let (up, up_end) = up.as_chunks();
+        let (d_gate, d_gate_end) = d_gate.as_chunks_mut();
+        let (d_up, d_up_end) = d_up.as_chunks_mut();
         let mut count = 0;
-        let blocks = da.chunks(BLOCK).zip(gate.chunks(BLOCK)).zip(up.chunks(BLOCK));
-        let outs = d_gate.chunks_mut(BLOCK).zip(d_up.chunks_mut(BLOCK));
-        for (((da, gate), up), (d_gate, d_up)) in blocks.zip(outs) {
-            let (da, gate, up) = (whole(da), whole(gate), whole(up));
-            let sig = sigmoids(&gate);
-            let mut rest = [0; BLOCK];
-            for j in 0..BLOCK {
-                rest[j] = 65536 - sig[j];
-            }
-            let (d, g, u) = (pairs(&da), pairs(&gate), pairs(&up));
-            let (sig_pairs, rest) = (pairs(&sig), pairs(&rest));
-            let (mut x, mut y, mut flags) = ([0; BLOCK / 2], [0; BLOCK / 2], 0);
-            for j in 0..BLOCK / 2 {
-                let silu = mulsh_pair(g[j], sig_pairs[j], 16, &mut flags);
-                // silu'(g) = sig + silu * (1 - sig); neither half overflows below 2^29.
-                let part = mulsh_pair(silu, rest[j], 16, &mut flags);
-                let slope = add_pair(sig_pairs[j], part);
-                let du = mulsh_pair(d[j], u[j], 16, &mut flags);
-                x[j] = mulsh_pair(du, slope, 16, &mut flags);
-                y[j] = mulsh_pair(d[j], silu, 16, &mut flags);
-            }
-            let (mut x, mut y) = (unpairs(&x), unpairs(&y));
-            if could_clamp(flags) {
-                for j in 0..BLOCK {
-                    let silu = mulsh(gate[j], sig[j], 16, &mut count);
-                    let slope = sig[j] + mulsh(silu, 65536 - sig[j], 16, &mut count);
-                    let du = mulsh(da[j], up[j], 16, &mut count);
-                    x[j] = mulsh(du, slope, 16, &mut count);
-                    y[j] = mulsh(da[j], silu, 16, &mut count);
-                }
-            }
-            put(d_gate, &x);
-            put(d_up, &y);
+        let ins = da.iter().zip(gate).zip(up);
+        for (((da, gate), up), (d_gate, d_up)) in ins.zip(d_gate.iter_mut().zip(d_up)) {
+            count += backward_block([da, gate, up], d_gate, d_up);
+        }
+        if !da_end.is_empty() {
+            let (mut x, mut y) = ([0; BLOCK], [0; BLOCK]);
+            let ins = [&whole(da_end), &whole(gate_end), &whole(up_end)];
+            count += backward_block(ins, &mut x, &mut y);
+            put(d_gate_end, &x);
+            put(d_up_end, &y);
         }
         count.cast_unsigned()
     }

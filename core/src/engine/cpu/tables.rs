@@ -1,10 +1,9 @@
 //! The exponential and the logistic function for vectorised loops: one load an element brings a
 //! table's value and its difference to the next.
 
+use manyhands_shaders::bfp::BLOCK;
 use manyhands_shaders::tables::{EXP2, SIGMOID};
 use manyhands_shaders::twin::logits::T_MAX;
-
-use super::scalar::mulsh_wide;
 
 /// `SIGMOID[i] << 10 | SIGMOID[i + 1] - SIGMOID[i]`.
 static LOGISTIC: [u32; 1024] = {
@@ -37,19 +36,52 @@ pub(super) fn sigmoid(x: i32) -> i32 {
     if x < 0 { 65536 - y } else { y }
 }
 
-/// `x1::exp2n(t, fo)` for `0 <= t <= T_MAX` and `down = 30 - fo`.
+/// The entry of [`POWERS`] at or before `t`.
 #[inline(always)]
-pub(super) fn exp2n(t: i32, down: i32) -> i32 {
-    let pair = POWERS[(t >> 8) as usize & 255];
-    let y = (pair as u32) - ((((pair >> 32) as u32) * (t & 255).cast_unsigned()) >> 8);
+fn part(t: i32) -> usize {
+    (t >> 8) as usize & 255
+}
+
+/// `2^-t` between an entry's `value` and the next, which is `step` less.
+#[inline(always)]
+fn between(value: u32, step: u32, t: i32, down: u32) -> i32 {
+    let t = t.cast_unsigned();
+    let y = value - ((step * (t & 255)) >> 8);
     // From a shift of 31 on the result is 0: also where the definition says 0 (t = 40 and more).
-    let s = (down + (t >> 16)).min(31).cast_unsigned();
+    let s = down + (t >> 16).min(31 - down);
     let half = (1_u32 << (s - 1)) - 1;
     ((y + half + ((y >> s) & 1)) >> s).cast_signed()
 }
 
-/// `min(mulsh(max - x, scale, 24), T_MAX)`.
+/// `x1::exp2n(t, fo)` for `0 <= t <= T_MAX` and `down = 30 - fo`; anything for another `t`.
+#[inline(always)]
+pub(super) fn exp2n(t: i32, down: u32) -> i32 {
+    let pair = POWERS[part(t)];
+    between(pair as u32, (pair >> 32) as u32, t, down)
+}
+
+/// [`exp2n`] of a block: pairs are loaded first, which leaves whole vectors of 32 bits.
+#[inline(always)]
+pub(super) fn exp2n_block(t: &[i32; BLOCK], down: u32) -> [i32; BLOCK] {
+    let (mut values, mut steps) = ([0; BLOCK], [0; BLOCK]);
+    for i in 0..BLOCK {
+        let pair = POWERS[part(t[i])];
+        (values[i], steps[i]) = (pair as u32, (pair >> 32) as u32);
+    }
+    let mut out = [0; BLOCK];
+    for i in 0..BLOCK {
+        out[i] = between(values[i], steps[i], t[i], down);
+    }
+    out
+}
+
+/// `min(mulsh(max - x, scale, 24), T_MAX)` for `x <= max`; anything for another `x`.
 #[inline(always)]
 pub(super) fn distance(max: i32, x: i32, scale: i32) -> i32 {
-    mulsh_wide(max.wrapping_sub(x), scale, 24).min(i64::from(T_MAX)) as i32
+    // Rounds by an addition: a product that is not beyond the limit is exact in f64.
+    const MAGIC: f64 = (3_u128 << (51 + 24)) as f64;
+    const LIMIT: f64 = ((T_MAX as u64) << 24) as f64;
+    let product = f64::from(max.wrapping_sub(x)) * f64::from(scale);
+    let product = if product < LIMIT { product } else { LIMIT };
+    (product + MAGIC).to_bits() as i32
 }
