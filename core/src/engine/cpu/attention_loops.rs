@@ -20,8 +20,8 @@ simd! {
         for (dp, p) in dp.iter().zip(p) {
             for i in 0..BLOCK {
                 any |= dp[i].unsigned_abs();
-                let product = f64::from(dp[i]) * f64::from(p[i]);
-                mean += BY.integer(BY.sum(product, &mut 0));
+                let product = BY.product::<FUSED>(f64::from(dp[i]), f64::from(p[i]), &mut 0);
+                mean += BY.integer(product);
             }
         }
         // A probability is at most 2^24: f64 holds these products and those with differences,
@@ -29,8 +29,8 @@ simd! {
         if any < 1 << 28 && mean.unsigned_abs() < 1 << 28 {
             for (dp, p) in dp.iter_mut().zip(p) {
                 for i in 0..BLOCK {
-                    let product = (f64::from(dp[i]) - mean as f64) * f64::from(p[i]);
-                    dp[i] = integer(BY.sum(product, &mut 0));
+                    let d = f64::from(dp[i]) - mean as f64;
+                    dp[i] = integer(BY.product::<FUSED>(d, f64::from(p[i]), &mut 0));
                 }
             }
         } else {

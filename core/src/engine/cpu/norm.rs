@@ -87,9 +87,9 @@ simd! {
                 let (h, gain) = (whole::<BLOCK>(h), whole::<BLOCK>(&gain[b * BLOCK..]));
                 let (mut u, mut y, mut flags) = ([0.0; BLOCK], [0.0; BLOCK], 0);
                 for j in 0..BLOCK {
-                    u[j] = to_unit.sum(f64::from(h[j]) * f64::from(s.scale), &mut flags);
+                    u[j] = to_unit.product::<FUSED>(f64::from(h[j]), f64::from(s.scale), &mut flags);
                     let x = to_unit.rounded(u[j]);
-                    y[j] = to_out.sum(x * f64::from(gain[j]), &mut flags);
+                    y[j] = to_out.product::<FUSED>(x, f64::from(gain[j]), &mut flags);
                 }
                 redo |= could_clamp(flags);
                 put(unit, &integers(&u));
@@ -153,9 +153,9 @@ simd! {
         let (mut projection, mut flags) = (0_i64, 0);
         for i in 0..n {
             let (dn, unit) = (f64::from(dn[i]), f64::from(unit[i]));
-            let share = SHARE.sum(dn * unit, &mut flags);
-            let d = GAIN.sum(dn * f64::from(gain[i]), &mut flags);
-            let along = GAIN_ALONG.sum(GAIN.rounded(d) * unit, &mut flags);
+            let share = SHARE.product::<FUSED>(dn, unit, &mut flags);
+            let d = GAIN.product::<FUSED>(dn, f64::from(gain[i]), &mut flags);
+            let along = GAIN_ALONG.product::<FUSED>(GAIN.rounded(d), unit, &mut flags);
             gain_grad[i] += SHARE.integer(share);
             du[i] = integer(d);
             // Wraps only where the sum is taken again.
@@ -164,7 +164,7 @@ simd! {
         if could_clamp(flags) {
             projection = 0;
             for i in 0..n {
-                let share = SHARE.sum(f64::from(dn[i]) * f64::from(unit[i]), &mut 0);
+                let share = SHARE.product::<FUSED>(f64::from(dn[i]), f64::from(unit[i]), &mut 0);
                 gain_grad[i] -= SHARE.integer(share);
                 gain_grad[i] += i64::from(mulsh(dn[i], unit[i], TO_SHARE, &mut count));
                 du[i] = mulsh(dn[i], gain[i], 12, &mut count);
@@ -175,9 +175,9 @@ simd! {
         let mean = mulsh(projection, inverse_width, 20, &mut count);
         let (mut flags, to_out) = (0, Rounding::new(16 + shift));
         for i in 0..n {
-            let along = ALONG.sum(f64::from(unit[i]) * f64::from(mean), &mut flags);
+            let along = ALONG.product::<FUSED>(f64::from(unit[i]), f64::from(mean), &mut flags);
             let d = f64::from(du[i]) * 65536.0 - ALONG.rounded(along);
-            du[i] = integer(to_out.sum(d * f64::from(scale), &mut flags));
+            du[i] = integer(to_out.product::<FUSED>(d, f64::from(scale), &mut flags));
         }
         if could_clamp(flags) {
             for i in 0..n {

@@ -80,7 +80,8 @@ impl std::fmt::Display for Path {
 ///
 /// The body is written as plain loops for LLVM to vectorise; integer arithmetic gives the same
 /// bits whichever instructions it picks. Only paths that [`Path::is_available`] reach these
-/// functions: [`super::Cpu`] checks at construction.
+/// functions: [`super::Cpu`] checks at construction. In a body `FUSED` says whether the path has
+/// fused multiplication and addition.
 macro_rules! simd {
     ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
@@ -90,13 +91,13 @@ macro_rules! simd {
         )]
         $vis fn $name(path: $crate::engine::cpu::Path, $($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
-            fn body($($arg: $ty),*) $(-> $ret)? $body
+            fn body<const FUSED: bool>($($arg: $ty),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,lzcnt,bmi1,bmi2")]
-            fn avx512($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+            fn avx512($($arg: $ty),*) $(-> $ret)? { body::<true>($($arg),*) }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,lzcnt,bmi1,bmi2")]
-            fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+            fn avx2($($arg: $ty),*) $(-> $ret)? { body::<true>($($arg),*) }
             match path {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: an engine holds a path only after `is_available`.
@@ -106,7 +107,7 @@ macro_rules! simd {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
                 $crate::engine::cpu::Path::Avx2 => unsafe { avx2($($arg),*) },
-                _ => body($($arg),*),
+                _ => body::<false>($($arg),*),
             }
         }
     };

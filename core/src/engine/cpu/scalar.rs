@@ -74,6 +74,15 @@ impl Rounding {
         sum
     }
 
+    /// [`Self::sum`] of `a * b`. `FUSED` leaves out the rounding of the product, which is one only
+    /// where [`could_clamp`] tells so either way.
+    #[inline(always)]
+    pub(super) fn product<const FUSED: bool>(self, a: f64, b: f64, flags: &mut u64) -> f64 {
+        let sum = if FUSED { a.mul_add(b, self.0) } else { a * b + self.0 };
+        *flags |= sum.to_bits();
+        sum
+    }
+
     /// What was rounded, as a multiple of `2^s`.
     #[inline(always)]
     pub(super) fn rounded(self, sum: f64) -> f64 {

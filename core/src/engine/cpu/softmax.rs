@@ -71,7 +71,7 @@ simd! {
             let by = Rounding::new(down.cast_unsigned());
             for s in s[..width].as_chunks_mut::<BLOCK>().0 {
                 for s in s {
-                    *s = integer(by.sum(f64::from(*s) * f64::from(reciprocal), &mut 0));
+                    *s = integer(by.product::<FUSED>(f64::from(*s), f64::from(reciprocal), &mut 0));
                 }
             }
         }

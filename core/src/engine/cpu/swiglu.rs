@@ -51,8 +51,8 @@ simd! {
                 let sig = sigmoids(&gate);
                 let (mut y, mut flags) = ([0.0; BLOCK], 0);
                 for j in 0..BLOCK {
-                    let silu = ONCE.sum(f64::from(gate[j]) * f64::from(sig[j]), &mut flags);
-                    y[j] = TWICE.sum(ONCE.rounded(silu) * f64::from(up[j]), &mut flags);
+                    let silu = ONCE.product::<FUSED>(f64::from(gate[j]), f64::from(sig[j]), &mut flags);
+                    y[j] = TWICE.product::<FUSED>(ONCE.rounded(silu), f64::from(up[j]), &mut flags);
                 }
                 redo |= could_clamp(flags);
                 quantize::line(&integers(&y), b, i, mantissas, exponents);
@@ -90,7 +90,7 @@ fn forward_counted(
 
 /// Backward of one block; the number of clamps.
 #[inline(always)]
-fn backward_block(
+fn backward_block<const FUSED: bool>(
     [da, gate, up]: [&[i32; BLOCK]; 3],
     d_gate: &mut [i32; BLOCK],
     d_up: &mut [i32; BLOCK],
@@ -99,14 +99,14 @@ fn backward_block(
     let (mut count, mut flags) = (0, 0);
     for j in 0..BLOCK {
         let (d, sig) = (f64::from(da[j]), f64::from(sig[j]));
-        let silu = ONCE.sum(f64::from(gate[j]) * sig, &mut flags);
+        let silu = ONCE.product::<FUSED>(f64::from(gate[j]), sig, &mut flags);
         let silu = ONCE.rounded(silu);
         // silu'(g) = sig + silu * (1 - sig)
-        let part = TWICE.sum(silu * (ONE - sig), &mut flags);
+        let part = TWICE.product::<FUSED>(silu, ONE - sig, &mut flags);
         let slope = sig * (ONE * ONE) + TWICE.rounded(part);
-        let du = ONCE.sum(d * f64::from(up[j]), &mut flags);
-        d_gate[j] = integer(FOUR_TIMES.sum(ONCE.rounded(du) * slope, &mut flags));
-        d_up[j] = integer(TWICE.sum(d * silu, &mut flags));
+        let du = ONCE.product::<FUSED>(d, f64::from(up[j]), &mut flags);
+        d_gate[j] = integer(FOUR_TIMES.product::<FUSED>(ONCE.rounded(du), slope, &mut flags));
+        d_up[j] = integer(TWICE.product::<FUSED>(d, silu, &mut flags));
     }
     if could_clamp(flags) {
         for j in 0..BLOCK {
@@ -136,12 +136,12 @@ simd! {
         let mut count = 0;
         let ins = da.iter().zip(gate).zip(up);
         for (((da, gate), up), (d_gate, d_up)) in ins.zip(d_gate.iter_mut().zip(d_up)) {
-            count += backward_block([da, gate, up], d_gate, d_up);
+            count += backward_block::<FUSED>([da, gate, up], d_gate, d_up);
         }
         if !da_end.is_empty() {
             let (mut x, mut y) = ([0; BLOCK], [0; BLOCK]);
             let ins = [&whole(da_end), &whole(gate_end), &whole(up_end)];
-            count += backward_block(ins, &mut x, &mut y);
+            count += backward_block::<FUSED>(ins, &mut x, &mut y);
             put(d_gate_end, &x);
             put(d_up_end, &y);
         }
