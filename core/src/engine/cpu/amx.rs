@@ -34,60 +34,49 @@ pub(super) fn pays(path: Path, rows: usize) -> bool {
     path == Path::Avx512Amx && rows >= ROWS_MIN
 }
 
-/// Splits a line of mantissas times powers of two into its digits: row `row` of a half of a block.
+/// Splits 16 pairs of mantissas times powers of two, see [`power`], into their digits: row `row` of
+/// a half of a block.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn split(line: &[i16; 32], scales: [__m512; 2], to: &mut [u16], row: usize) {
-    /// The upper words of two vectors.
-    const UPPER: [i16; 32] = {
-        let mut out = [0; 32];
-        let mut i = 0;
-        while i < 32 {
-            out[i] = 2 * i as i16 + 1;
-            i += 1;
-        }
-        out
-    };
+fn split(pairs: __m512i, power: __m512, to: &mut [u16], row: usize) {
     let (high, low) = to.split_at_mut(DIGITS / 2);
     let (high, low) = (&mut high[row * 32..][..32], &mut low[row * 32..][..32]);
+    // Words are the upper halves of these: nothing is shuffled.
+    let upper = _mm512_set1_epi32(-65536);
+    let join = |x: [__m512; 2]| {
+        let [first, second] = x.map(|x| _mm512_castps_si512(x));
+        _mm512_or_si512(_mm512_srli_epi32::<16>(first), second)
+    };
+    let x = [_mm512_slli_epi32::<16>(pairs), _mm512_and_si512(pairs, upper)];
+    let x = x.map(|x| _mm512_mul_ps(_mm512_cvtepi32_ps(x), power));
+    let first = x.map(|x| _mm512_and_ps(x, _mm512_castsi512_ps(upper)));
+    let rest = [0, 1].map(|i| _mm512_sub_ps(x[i], first[i]));
     // SAFETY: 32 words each.
     unsafe {
-        let upper = _mm512_loadu_si512(UPPER.as_ptr().cast());
-        let x = _mm512_loadu_si512(line.as_ptr().cast());
-        let halves = [_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64::<1>(x)];
-        let x = [0, 1].map(|i| {
-            _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(halves[i])), scales[i])
-        });
-        let rest = x.map(|x| {
-            let mask = _mm512_castsi512_ps(_mm512_set1_epi32(-65536));
-            _mm512_sub_ps(x, _mm512_and_ps(x, mask))
-        });
-        for (to, [a, b]) in [(high, x), (low, rest)] {
-            let (a, b) = (_mm512_castps_si512(a), _mm512_castps_si512(b));
-            let words = _mm512_permutex2var_epi16(a, upper, b);
-            _mm512_storeu_si512(to.as_mut_ptr().cast(), words);
-        }
+        _mm512_storeu_si512(high.as_mut_ptr().cast(), join(first));
+        _mm512_storeu_si512(low.as_mut_ptr().cast(), join(rest));
     }
 }
 
-/// Twice `2^e` of an exponent as kernels store it.
+/// `2^-15 2^e` of an exponent as kernels store it: mantissas are shifted by 16 bits.
 #[inline]
-#[target_feature(enable = "avx512f")]
-fn power(e: i32) -> [__m512; 2] {
-    [_mm512_castsi512_ps(_mm512_set1_epi32((127 << EXPONENT_SHIFT) + e)); 2]
+fn power(e: i32) -> f32 {
+    f32::from_bits(((111 << EXPONENT_SHIFT) + e).cast_unsigned())
 }
 
 /// Digits of a tile's block `[16 pairs][32 columns][2]`, with an exponent for each column or one.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn right_block(pairs: &[i16; TILE_BLOCK], exponents: &[i32], to: &mut [u16]) {
-    let bits: [i32; 2 * SIDE] = std::array::from_fn(|i| {
-        (127 << EXPONENT_SHIFT) + exponents[if exponents.len() == 1 { 0 } else { i / 2 }]
-    });
-    // SAFETY: 16 values each.
-    let scales = [0, 16, 32, 48].map(|i| unsafe { _mm512_loadu_ps(bits[i..].as_ptr().cast()) });
-    for (p, [left, right]) in pairs.as_chunks::<32>().0.as_chunks::<2>().0.iter().enumerate() {
-        split(left, [scales[0], scales[1]], to, p);
-        split(right, [scales[2], scales[3]], to, 16 + p);
+    let powers: [f32; SIDE] =
+        std::array::from_fn(|i| power(exponents[if exponents.len() == 1 { 0 } else { i }]));
+    for (p, pairs) in pairs.as_chunks::<32>().0.iter().enumerate() {
+        let half = p % 2;
+        // SAFETY: 16 values each.
+        let (pairs, powers) = unsafe {
+            let powers = powers[half * 16..].as_ptr();
+            (_mm512_loadu_si512(pairs.as_ptr().cast()), _mm512_loadu_ps(powers))
+        };
+        split(pairs, powers, to, half * 16 + p / 2);
     }
 }
 
@@ -111,10 +100,13 @@ fn left_rows(x: &Panels, first: usize, rows: usize, f: i32, to: &mut [u16]) {
                 let (side, i) = ((row - first) / SIDE, (row - first) % SIDE);
                 let to = &mut to[(side * x.blocks + block) * DIGITS..][..DIGITS];
                 if row >= x.rows {
-                    split(&[0; 32], power(0), to, i);
-                } else if let Some(line) = x.mantissas[x.line(row, block)..].first_chunk() {
+                    split(_mm512_setzero_si512(), _mm512_setzero_ps(), to, i);
+                } else {
+                    let line = &x.mantissas[x.line(row, block)..][..32];
                     let e = x.exponents[x.exponent(row, block)] + (f << EXPONENT_SHIFT);
-                    split(line, power(e), to, i);
+                    // SAFETY: 32 words.
+                    let pairs = unsafe { _mm512_loadu_si512(line.as_ptr().cast()) };
+                    split(pairs, _mm512_set1_ps(power(e)), to, i);
                 }
             }
         }
@@ -206,11 +198,10 @@ fn left_channels<'a>(
         let mut e = [0; SIDE];
         strip(x, cols, rows, width, any, -GRADIENT_FRACTION, WEIGHT_BITS, &mut pairs, &mut e);
         for (i, (line, e)) in transpose(&pairs).iter().zip(e).enumerate() {
-            let mut terms = [0; 32];
-            for (to, x) in terms.as_chunks_mut::<2>().0.iter_mut().zip(line) {
-                *to = [*x as i16, (*x >> 16) as i16];
-            }
-            split(&terms, power(e + (SHARE_FRACTION << EXPONENT_SHIFT)), to, i);
+            let power = _mm512_set1_ps(power(e + (SHARE_FRACTION << EXPONENT_SHIFT)));
+            // SAFETY: 16 values.
+            let pairs = unsafe { _mm512_loadu_si512(line.as_ptr().cast()) };
+            split(pairs, power, to, i);
             top = top.max(e);
         }
     }
@@ -330,7 +321,10 @@ mod tests {
                 for (i, row) in a[k].iter().enumerate() {
                     let to = &mut left[k * DIGITS..][..DIGITS];
                     // SAFETY: the path is available.
-                    unsafe { split(&row.map(|x| x as i16), power(e(-30 - shift)), to, i) };
+                    unsafe {
+                        let pairs = _mm512_loadu_si512(row.map(|x| x as i16).as_ptr().cast());
+                        split(pairs, _mm512_set1_ps(power(e(-30 - shift))), to, i);
+                    }
                 }
                 let mut pairs = [0_i16; TILE_BLOCK];
                 for (i, x) in b[k].iter().flatten().enumerate() {
