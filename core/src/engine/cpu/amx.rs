@@ -113,15 +113,16 @@ fn left_rows(x: &Panels, first: usize, rows: usize, f: i32, to: &mut [u16]) {
     }
 }
 
-/// As [`super::gemm::matmul`], for many rows.
-pub(super) fn matmul(product: &Product<'_>) {
-    let &Product { cpu, a, b, cols, f, .. } = product;
+/// Products of one left operand, as by [`super::gemm::matmul`], for many rows.
+pub(super) fn matmul(products: &[Product<'_>]) {
+    let Some(&Product { cpu, a, f, limit, .. }) = products.first() else { return };
     let blocks = a.blocks;
     let near = (a.rows * blocks * DIGITS / SIDE * 2 + LEFT_BYTES / 2) / LEFT_BYTES;
     let group = a.rows.div_ceil(near.max(cpu.workers.threads())).next_multiple_of(PART);
     let groups = a.rows.div_ceil(group);
-    let limit = product.limit - bias(f);
-    cpu.workers.each(groups, product.cost(), |i| {
+    let limit = limit - bias(f);
+    let cost = products.iter().map(Product::cost).sum();
+    cpu.workers.each(groups, cost, |i| {
         // SAFETY: the path is available.
         let unit = unsafe { Unit::new() };
         let mut sums = Sums::new();
@@ -146,7 +147,9 @@ pub(super) fn matmul(product: &Product<'_>) {
                 })
             })
             .collect();
-        for tile in 0..b.tiles {
+        let tiles = products.iter().flat_map(|p| (0..p.b.tiles).map(move |tile| (p, tile)));
+        for (product, tile) in tiles {
+            let &Product { b, cols, .. } = product;
             let width = SIDE.min(cols - tile * SIDE);
             let exponents = &b.exponents[tile * blocks..][..blocks];
             let (mantissas, after) = b.mantissas[tile * len..].split_at(len);

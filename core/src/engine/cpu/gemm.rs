@@ -4,11 +4,11 @@
 use manyhands_shaders::twin::{ACTIVATION_FRACTION, GRADIENT_FRACTION, Site};
 use manyhands_shaders::x1::LIM;
 
-use super::Cpu;
 use super::kernel::{Count, Job, Kind, PANEL, TILE, bias, fast_limit, run};
 use super::operands::{Packed, Panels};
 use super::path::simd;
 use super::workers::Shared;
+use super::{Cpu, Tensor};
 
 /// What to do with a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +68,33 @@ impl Product<'_> {
         self.a.rows * self.b.tiles * self.a.blocks * PANEL_BLOCK_NS / PANEL
     }
 
+    /// All of it.
+    fn run(&self) {
+        let Self { cpu, a, b, .. } = *self;
+        let panels = a.rows.div_ceil(PANEL);
+        let near = b.mantissas.len() * 2 <= FAR;
+        let bytes = if near { NEAR_BYTES } else { FAR_BYTES };
+        let group = (bytes / (a.panel_len() * 2).max(1)).clamp(2, 64);
+        let groups = panels.div_ceil(group);
+        // With few groups the tiles are split as well, so that every thread finds work.
+        let threads = cpu.workers.threads();
+        let splits =
+            if threads == 1 { 1 } else { (threads * 4).div_ceil(groups.max(1)).min(b.tiles) };
+        let span = b.tiles.div_ceil(splits.max(1)).max(1);
+        let splits = b.tiles.div_ceil(span);
+        cpu.workers.each(groups * splits, self.cost(), |i| {
+            let (first, tile) = (i / splits * group, i % splits * span);
+            let mut events = (0, 0);
+            for tile in tile..b.tiles.min(tile + span) {
+                for panel in first..panels.min(first + group) {
+                    self.panel(panel, tile, &mut events);
+                }
+            }
+            cpu.tally.add(Site::Matmul, events.0);
+            cpu.tally.add(Site::Residual, events.1);
+        });
+    }
+
     /// One panel of rows by one tile of columns; `events` counts terms and residuals.
     pub(super) fn panel(&self, panel: usize, tile: usize, events: &mut (u64, u64)) {
         let Self { cpu, a, b, cols, .. } = *self;
@@ -115,44 +142,28 @@ impl Product<'_> {
     }
 }
 
-/// `out` (R, `cols`) from `a` (R, K) and `b` (K, N), in `FX(f)`.
-pub(super) fn matmul(
+/// Each `out` (R, N) from `a` (R, K) and its `b` (K, N), in `FX(f)`.
+pub(super) fn matmul<const K: usize>(
     cpu: &Cpu,
     a: &Panels,
-    b: &Packed,
-    cols: usize,
+    b: [&Packed; K],
+    out: [&mut Tensor; K],
     f: i32,
-    out: &mut [i32],
     output: Output,
 ) {
-    assert_eq!(a.blocks, b.blocks, "operands differ in the contraction");
-    assert!(out.len() == a.rows * cols && cols <= b.tiles * TILE, "output of another shape");
     debug_assert!(f == ACTIVATION_FRACTION || f == GRADIENT_FRACTION);
     let (count, limit) = (Count::all(a.blocks), fast_limit(cpu.path, a.blocks));
-    let product = Product { cpu, a, b, cols, f, count, limit, out: Shared::new(out), output };
+    let products = b.into_iter().zip(out).map(|(b, out)| {
+        assert_eq!(a.blocks, b.blocks, "operands differ in the contraction");
+        let fits = out.rows() == a.rows && out.cols <= b.tiles * TILE;
+        assert!(fits, "output of another shape");
+        let (cols, out) = (out.cols, Shared::new(&mut out.data));
+        Product { cpu, a, b, cols, f, count, limit, out, output }
+    });
+    let products: Vec<Product<'_>> = products.collect();
     #[cfg(target_arch = "x86_64")]
     if super::amx::pays(cpu.path, a.rows) {
-        return super::amx::matmul(&product);
+        return super::amx::matmul(&products);
     }
-    let panels = a.rows.div_ceil(PANEL);
-    let near = b.mantissas.len() * 2 <= FAR;
-    let bytes = if near { NEAR_BYTES } else { FAR_BYTES };
-    let group = (bytes / (a.panel_len() * 2).max(1)).clamp(2, 64);
-    let groups = panels.div_ceil(group);
-    // With few groups the tiles are split as well, so that every thread finds work.
-    let threads = cpu.workers.threads();
-    let splits = if threads == 1 { 1 } else { (threads * 4).div_ceil(groups.max(1)).min(b.tiles) };
-    let span = b.tiles.div_ceil(splits.max(1)).max(1);
-    let splits = b.tiles.div_ceil(span);
-    cpu.workers.each(groups * splits, product.cost(), |i| {
-        let (first, tile) = (i / splits * group, i % splits * span);
-        let mut events = (0, 0);
-        for tile in tile..b.tiles.min(tile + span) {
-            for panel in first..panels.min(first + group) {
-                product.panel(panel, tile, &mut events);
-            }
-        }
-        cpu.tally.add(Site::Matmul, events.0);
-        cpu.tally.add(Site::Residual, events.1);
-    });
+    products.iter().for_each(Product::run);
 }

@@ -112,12 +112,6 @@ impl Cpu {
     fn tensor_of(&self, rows: usize, cols: usize) -> Tensor {
         Tensor { cols, data: self.pool.take(rows * cols) }
     }
-
-    /// `out` (N, O) `=` or `+=` `x` times packed weights.
-    fn product(&self, x: &Panels, w: &operands::Packed, f: i32, out: &mut Tensor, output: Output) {
-        let cols = out.cols;
-        matmul(self, x, w, cols, f, &mut out.data, output);
-    }
 }
 
 impl Engine for Cpu {
@@ -169,16 +163,15 @@ impl Engine for Cpu {
     }
 
     fn linear<const K: usize>(&self, x: &Panels, w: [&Weight; K]) -> [Tensor; K] {
-        w.map(|w| {
-            let mut out = self.tensor_of(x.rows, w.rows);
-            self.product(x, &w.forward, ACTIVATION_FRACTION, &mut out, Output::Store);
-            out
-        })
+        let mut out = w.map(|w| self.tensor_of(x.rows, w.rows));
+        let w = w.map(|w| &w.forward);
+        matmul(self, x, w, out.each_mut(), ACTIVATION_FRACTION, Output::Store);
+        out
     }
 
     fn linear_add(&self, x: &Panels, w: &Weight, h: &mut Tensor) {
         assert_eq!(h.cols, w.rows, "a product of another width");
-        self.product(x, &w.forward, ACTIVATION_FRACTION, h, Output::Add);
+        matmul(self, x, [&w.forward], [h], ACTIVATION_FRACTION, Output::Add);
     }
 
     fn heads(&self, qkv: &[Tensor; 3], batch: &Batch, cache: &mut Cache) -> Queries {
@@ -232,7 +225,7 @@ impl Engine for Cpu {
                 weight_gradient::add(self, dy, along, &tokens, w.cols, grad);
             }
             let g = quantize::rows(self, dy, -GRADIENT_FRACTION, WEIGHT_BITS);
-            self.product(&g, w.backward(self), GRADIENT_FRACTION, &mut dx, output);
+            matmul(self, &g, [w.backward(self)], [&mut dx], GRADIENT_FRACTION, output);
             output = Output::Add;
         }
         dx
