@@ -451,12 +451,9 @@ impl Head<'_> {
                 // SAFETY: the panel and a value tile hold `blocks` blocks; `ds` holds 6 rows.
                 counts.matmul += unsafe { run(self.path(), Kind::LinesColumns, rows, &job) };
             }
-            for (r, position) in positions.iter().take(rows).enumerate() {
-                let at = (panel * PANEL + r) * stride;
-                let n = (position / TILE + 1) * TILE;
-                counts.attention +=
-                    softmax_gradient(self.path(), &mut ds[at..at + n], &p[at..at + n]);
-            }
+            let width = (positions[rows - 1] / TILE + 1) * TILE;
+            let (ds, p) = (&mut ds[panel * PANEL * stride..], &p[panel * PANEL * stride..]);
+            counts.attention += softmax_gradient(self.path(), ds, p, stride, width, rows);
         }
     }
 

@@ -4,47 +4,72 @@ use manyhands_shaders::bfp::{BLOCK, WEIGHT_BITS};
 use manyhands_shaders::twin::GRADIENT_FRACTION;
 
 use super::heads;
-use super::kernel::{EXPONENT_SHIFT, TILE, ZERO_EXPONENT};
+use super::kernel::{EXPONENT_SHIFT, PANEL, TILE, ZERO_EXPONENT};
 use super::pack::{GROUP, Strip, magnitudes, scatter, strip, strip_folded};
 use super::path::simd;
 use super::scalar::{Rounding, integer, mulsh_wide, sat};
 
 simd! {
-    /// One row of `dS` from `dP` in place, over whole blocks; `p` is zero beyond the diagonal.
-    /// Returns the number of clamps.
-    pub(super) fn softmax_gradient(dp: &mut [i32], p: &[i32]) -> u64 {
+    /// Up to 6 rows of `dS` from `dP`, in place, over `width` values (whole blocks); rows of both
+    /// are `stride` apart. `p` is zero beyond the diagonal. Returns the number of clamps.
+    ///
+    /// Each step is taken for all rows: the steps of one row wait for each other.
+    pub(super) fn softmax_gradient(
+        dp: &mut [i32],
+        p: &[i32],
+        stride: usize,
+        width: usize,
+        rows: usize,
+    ) -> u64 {
         const BY: Rounding = Rounding::new(24);
-        let (dp, p) = (dp.as_chunks_mut::<BLOCK>().0, p.as_chunks::<BLOCK>().0);
-        let mut count = 0;
-        let (mut mean, mut any) = (0_i64, 0);
-        for (dp, p) in dp.iter().zip(p) {
-            for i in 0..BLOCK {
-                any |= dp[i].unsigned_abs();
-                let product = BY.product::<FUSED>(f64::from(dp[i]), f64::from(p[i]), &mut 0);
-                mean += BY.integer(product);
-            }
-        }
-        // A probability is at most 2^24: f64 holds these products and those with differences,
-        // which no clamp is near.
-        if any < 1 << 28 && mean.unsigned_abs() < 1 << 28 {
-            for (dp, p) in dp.iter_mut().zip(p) {
+        let (mut means, mut largest) = ([0_i64; PANEL], [0_u32; PANEL]);
+        for r in 0..rows {
+            let row = r * stride..r * stride + width;
+            let (dp, p) = (dp[row.clone()].as_chunks::<BLOCK>().0, p[row].as_chunks::<BLOCK>().0);
+            let (mut mean, mut any) = (0, 0);
+            for (dp, p) in dp.iter().zip(p) {
                 for i in 0..BLOCK {
-                    let d = f64::from(dp[i]) - mean as f64;
-                    dp[i] = integer(BY.product::<FUSED>(d, f64::from(p[i]), &mut 0));
+                    any |= dp[i].unsigned_abs();
+                    let product = BY.product::<FUSED>(f64::from(dp[i]), f64::from(p[i]), &mut 0);
+                    mean += BY.integer(product);
                 }
             }
-        } else {
-            let mut mean = 0;
-            for (&d, &p) in dp.as_flattened().iter().zip(p.as_flattened()) {
-                mean += mulsh_wide(d, p, 24);
-            }
-            let mean = sat(mean, &mut count);
-            for (d, &p) in dp.as_flattened_mut().iter_mut().zip(p.as_flattened()) {
-                *d = sat(mulsh_wide(d.wrapping_sub(mean), p, 24), &mut count);
+            (means[r], largest[r]) = (mean, any);
+        }
+        let mut count = 0;
+        for r in 0..rows {
+            let row = r * stride..r * stride + width;
+            let (dp, p) = (&mut dp[row.clone()], &p[row]);
+            // A probability is at most 2^24: f64 holds these products and those with differences,
+            // which no clamp is near.
+            if largest[r] < 1 << 28 && means[r].unsigned_abs() < 1 << 28 {
+                let mean = means[r] as f64;
+                for (dp, p) in dp.as_chunks_mut::<BLOCK>().0.iter_mut().zip(p.as_chunks::<BLOCK>().0) {
+                    for i in 0..BLOCK {
+                        let d = f64::from(dp[i]) - mean;
+                        dp[i] = integer(BY.product::<FUSED>(d, f64::from(p[i]), &mut 0));
+                    }
+                }
+            } else {
+                count += gradient_counted(dp, p);
             }
         }
         count.cast_unsigned()
     }
+}
+
+/// A row of [`softmax_gradient`] of any magnitudes; the number of clamps.
+#[cold]
+fn gradient_counted(dp: &mut [i32], p: &[i32]) -> i64 {
+    let (mut count, mut mean) = (0, 0);
+    for (&d, &p) in dp.iter().zip(p) {
+        mean += mulsh_wide(d, p, 24);
+    }
+    let mean = sat(mean, &mut count);
+    for (d, &p) in dp.iter_mut().zip(p) {
+        *d = sat(mulsh_wide(d.wrapping_sub(mean), p, 24), &mut count);
+    }
+    count
 }
 
 simd! {

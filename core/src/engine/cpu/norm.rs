@@ -33,18 +33,21 @@ fn row_scale(h: &[i32], c: &NormConstants) -> RowScale {
     for x in h {
         any |= x.unsigned_abs();
     }
-    let prescale = (bl(any.cast_signed()) - 15).max(0);
-    let mut sum = 0_u64;
-    if prescale == 0 {
-        for &x in h {
-            sum += u64::from((x * x).cast_unsigned());
+    let prescale = (bl(any.cast_signed()) - 15).max(0).cast_unsigned();
+    // Rounded values keep the factor of their shift, and their squares its square: sums of squares
+    // of 16 bits are exact.
+    let (by, squares) = (Rounding::new(prescale), Rounding::new(2 * prescale));
+    let mut lanes = [0.0; BLOCK];
+    for h in h.chunks(BLOCK) {
+        let h = whole::<BLOCK>(h);
+        for i in 0..BLOCK {
+            let y = by.rounded(by.sum(f64::from(h[i]), &mut 0));
+            lanes[i] += y * y;
         }
-    } else {
-        let half = (1 << (prescale - 1)) - 1;
-        for &x in h {
-            let y = (x + half + ((x >> prescale) & 1)) >> prescale;
-            sum += u64::from((y * y).cast_unsigned());
-        }
+    }
+    let mut sum = 0;
+    for lane in lanes {
+        sum += squares.integer(squares.sum(lane, &mut 0)).cast_unsigned();
     }
     sum += c.epsilon >> (2 * prescale);
     let up = (32 - bl64(sum)) & !1;
@@ -53,7 +56,7 @@ fn row_scale(h: &[i32], c: &NormConstants) -> RowScale {
     let root = f64::from(v).sqrt() as u32;
     let r = ((1 << 31) / root).min(65535);
     let scale = rne(i64::from(r * c.root), 16) as i32;
-    RowScale { scale, shift: -(up / 2 - 31 - prescale + 32 - c.root_shift) }
+    RowScale { scale, shift: -(up / 2 - 31 - prescale.cast_signed() + 32 - c.root_shift) }
 }
 
 simd! {
@@ -81,6 +84,7 @@ simd! {
             let unit = &mut unit[i * width..(i + 1) * width];
             let s = RowScale { scale: scales[2 * i], shift: scales[2 * i + 1] };
             let shift = s.shift.cast_unsigned();
+            // A scale has 16 bits: its products are exact in f64 whatever the shift.
             let (to_unit, to_out) = (Rounding::new(shift), Rounding::new(shift + 12));
             let mut redo = false;
             for (b, (h, unit)) in h.chunks(BLOCK).zip(unit.chunks_mut(BLOCK)).enumerate() {
@@ -173,6 +177,7 @@ simd! {
         }
         let projection = sat(projection, &mut count);
         let mean = mulsh(projection, inverse_width, 20, &mut count);
+        // Exact as in the forward pass: a difference has 32 bits.
         let (mut flags, to_out) = (0, Rounding::new(16 + shift));
         for i in 0..n {
             let along = ALONG.product::<FUSED>(f64::from(unit[i]), f64::from(mean), &mut flags);

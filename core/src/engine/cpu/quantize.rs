@@ -44,9 +44,11 @@ pub(super) fn mantissas(x: &[i32; BLOCK], any: u32, s: i32, bits: u32, m: &mut [
             m[i] = sum.max(ZERO - max).min(ZERO + max) as i16;
         }
     } else {
+        // Wraps only for values beyond every clamp, which are computed again.
         let half = (1 << (s - 1)) - 1;
         for i in 0..BLOCK {
-            m[i] = ((x[i] + half + ((x[i] >> s) & 1)) >> s).max(-max).min(max) as i16;
+            let sum = x[i].wrapping_add(half + ((x[i] >> s) & 1));
+            m[i] = (sum >> s).max(-max).min(max) as i16;
         }
     }
 }
