@@ -6,9 +6,9 @@
 //! units. The other modules are one operation each.
 //!
 //! How exactness survives the speed: a value is either computed by integer instructions as its
-//! definition says, or by f32 instructions on integers that f32 holds exactly with one rounding to
-//! nearest even. Saturations are counted by exact comparison; only for block terms of products
-//! bounds on exponents prove first that there is nothing to count.
+//! definition says, or by f32 or f64 instructions on integers that those hold exactly, with one
+//! rounding to nearest even. Saturations are counted by exact comparison, where bounds on exponents
+//! or results do not prove first that there is nothing to count.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;

@@ -14,6 +14,9 @@
 #![expect(unsafe_code, reason = "SIMD kernels over raw panels")]
 
 #[cfg(target_arch = "x86_64")]
+#[macro_use] // before `amx`, which uses it
+mod amx_block;
+#[cfg(target_arch = "x86_64")]
 pub(super) mod amx;
 mod lanes;
 
