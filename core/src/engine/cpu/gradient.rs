@@ -3,8 +3,6 @@
 //! Sums are i64. Those of large products stay in i32 for as long as exponents prove that they fit,
 //! which halves what every micro-batch reads and writes, and need no zeros to begin with.
 
-use manyhands_shaders::x1::LIM;
-
 use super::Cpu;
 use super::buffer::Buffer;
 use super::path::simd;
@@ -37,10 +35,12 @@ impl Gradient {
         &mut self.wide
     }
 
-    /// Sums of at most [`LIM`], even after the caller adds up to `bound` to each, unless `bound`
-    /// alone is more; or with `true` buffers of any content, for the caller to overwrite.
+    /// Sums of at most `LIM`, even after the caller adds up to `bound` to each, unless `bound`
+    /// alone is more; or, with `true`, values of any content for the caller to overwrite.
+    #[cfg(target_arch = "x86_64")] // whose tile unit has large products
     pub(super) fn narrow(&mut self, cpu: &Cpu, bound: i64) -> (&mut [i32], bool) {
-        if self.narrow.as_ref().is_some_and(|(_, held)| held + bound > LIM.into()) {
+        let room = i64::from(manyhands_shaders::x1::LIM) - bound;
+        if self.narrow.as_ref().is_some_and(|(_, held)| *held > room) {
             self.settle(cpu);
         }
         let fresh = self.narrow.is_none();
