@@ -54,6 +54,7 @@ pub(super) fn length_field(x: i32) -> i32 {
 /// Vector units multiply and round f64 in two instructions where 64-bit integers take six. It is
 /// exact: integer operands of at most 31 bits have a product that f64 holds if it is below 2^53,
 /// and one that is not, times `2^-s` with `s <= 24`, is at least 2^29, which [`could_clamp`] tells.
+/// What is rounded must be below `2^(50 + s)` in magnitude: for `s >= 10` every such product is.
 #[derive(Clone, Copy)]
 pub(super) struct Rounding(f64);
 
@@ -65,8 +66,7 @@ impl Rounding {
         Self(f64::from_bits((1075 + s as u64) << 52 | 1 << 51 | 1 << 29))
     }
 
-    /// The sum that rounds `x`, below `2^(50 + s)` in magnitude, and into `flags` what
-    /// [`could_clamp`] needs of it.
+    /// The sum that rounds `x`, and into `flags` what [`could_clamp`] needs of it.
     #[inline(always)]
     pub(super) fn sum(self, x: f64, flags: &mut u64) -> f64 {
         let sum = x + self.0;
@@ -122,4 +122,49 @@ pub(super) fn could_clamp(flags: u64) -> bool {
     // The offset in these bits is all below them, unless a result carries or borrows.
     const HIGH: u64 = (1 << 51) - (1 << 30);
     flags & HIGH != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Either the result is that of integers, or it is told that it could clamp; where it does
+    /// clamp, it is told. Magnitudes of all sizes, ties included, with and without fusion.
+    #[test]
+    fn rounding_in_f64_equals_integers_or_tells() {
+        let mut state = 1_u64;
+        let mut random = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let bits = (state >> 32) as i32 >> (state >> 27 & 31);
+            // Few bits set make ties.
+            if state >> 26 & 1 == 0 { bits } else { bits & !0 << (state >> 21 & 31) }
+        };
+        let (mut told, mut clamped, mut ties) = (0, 0, 0);
+        for _ in 0..200_000 {
+            let (a, b) = (random().clamp(-LIM, LIM), random().clamp(-LIM, LIM));
+            let s = 10 + random().unsigned_abs() % 15;
+            let exact = rne64(i64::from(a) * i64::from(b), s);
+            let by = Rounding::new(s);
+            for fused in [false, true] {
+                let (a, b, mut flags) = (f64::from(a), f64::from(b), 0);
+                let sum = if fused {
+                    by.product::<true>(a, b, &mut flags)
+                } else {
+                    by.product::<false>(a, b, &mut flags)
+                };
+                if could_clamp(flags) {
+                    told += 1;
+                    clamped += i32::from(exact.abs() > LIM.into());
+                    continue;
+                }
+                assert!(exact.abs() <= 1 << 29, "{a} {b} {s}: {exact} is not told");
+                assert_eq!(i64::from(integer(sum)), exact, "{a} {b} {s}");
+                assert_eq!(by.integer(sum), exact, "{a} {b} {s}");
+                assert_eq!(by.rounded(sum), exact as f64 * f64::from(1 << s), "{a} {b} {s}");
+            }
+            let half = (i64::from(a) * i64::from(b)) & ((1 << s) - 1);
+            ties += i32::from(half == 1 << (s - 1));
+        }
+        assert!(told > 1000 && clamped > 1000 && ties > 1000, "{told} {clamped} {ties}");
+    }
 }
