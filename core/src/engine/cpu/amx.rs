@@ -251,8 +251,7 @@ pub(super) fn weight_gradient(
     let groups = sides.div_ceil(group);
     for from in (0..blocks).step_by(fit) {
         let n = fit.min(blocks - from);
-        let (grad, fresh) = grad.narrow(cpu, n as i64 * term);
-        let shared = Shared::new(grad);
+        let shared = Shared::new(grad.narrow(cpu, n as i64 * term));
         let cost = rows * tiles * n * PANEL_BLOCK_NS / PANEL;
         cpu.workers.each(groups * tiles, cost, |i| {
             let (first, tile) = (i / tiles * group, i % tiles);
@@ -272,7 +271,7 @@ pub(super) fn weight_gradient(
                 })
                 .collect();
             let (list, b, next) = (&list[..], right.as_ptr(), after.as_ptr());
-            let products = Products { list, b, blocks: n, stride: cols, width, add: !fresh, next };
+            let products = Products { list, b, blocks: n, stride: cols, width, add: true, next };
             // SAFETY: the path is available; all operands have these blocks. Nothing clamps.
             unsafe { Sums::new().run(&Unit::new(), &products) };
         });

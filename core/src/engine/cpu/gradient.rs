@@ -1,7 +1,8 @@
 //! Accumulators of gradients.
 //!
 //! Sums are i64. Those of large products stay in i32 for as long as exponents prove that they fit,
-//! which halves what every micro-batch reads and writes, and need no zeros to begin with.
+//! which halves what every micro-batch reads and writes. Neither comes from the engine's pool: it
+//! would keep as much as the model has parameters while nobody needs it.
 
 use super::Cpu;
 use super::buffer::Buffer;
@@ -35,18 +36,17 @@ impl Gradient {
         &mut self.wide
     }
 
-    /// Sums of at most `LIM`, even after the caller adds up to `bound` to each, unless `bound`
-    /// alone is more; or, with `true`, values of any content for the caller to overwrite.
+    /// Sums to add up to `bound` to, after which they are at most `LIM`; only zeros if `bound` alone
+    /// is more.
     #[cfg(target_arch = "x86_64")] // whose tile unit has large products
-    pub(super) fn narrow(&mut self, cpu: &Cpu, bound: i64) -> (&mut [i32], bool) {
+    pub(super) fn narrow(&mut self, cpu: &Cpu, bound: i64) -> &mut [i32] {
         let room = i64::from(manyhands_shaders::x1::LIM) - bound;
         if self.narrow.as_ref().is_some_and(|(_, held)| *held > room) {
             self.settle(cpu);
         }
-        let fresh = self.narrow.is_none();
-        let (sums, held) = self.narrow.get_or_insert_with(|| (cpu.pool.take(self.len), 0));
+        let (sums, held) = self.narrow.get_or_insert_with(|| (Buffer::zeros(self.len), 0));
         *held += bound;
-        (sums, fresh)
+        sums
     }
 
     /// Brings all sums to `wide`.
