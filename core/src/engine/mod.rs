@@ -141,7 +141,7 @@ pub trait Engine {
     /// Keys and values of one layer.
     type Cache;
     /// The integer gradient of one parameter tensor, `FX(16)`, summed in 64 bits.
-    type Gradient;
+    type Gradient: Share;
 
     /// The model's constants, given at construction.
     fn constants(&self) -> &Constants;
@@ -239,12 +239,24 @@ pub trait Engine {
         &self,
         grad: &Self::Gradient,
     ) -> impl Future<Output = Result<Vec<i64>, EngineError>>;
-    /// The same for who needs it no more: without a copy, if it is in this memory already.
-    fn take_gradient(
+    /// The sum of each list of gradients of one shape, for who needs them no more.
+    fn take_gradients(
         &self,
-        grad: Self::Gradient,
-    ) -> impl Future<Output = Result<Vec<i64>, EngineError>> {
-        async move { self.read_gradient(&grad).await }
+        lists: Vec<Vec<Self::Gradient>>,
+    ) -> impl Future<Output = Result<Vec<Vec<i64>>, EngineError>> {
+        async move {
+            let mut sums = Vec::with_capacity(lists.len());
+            for list in lists {
+                let mut sum = Vec::new();
+                for gradient in &list {
+                    let part = self.read_gradient(gradient).await?;
+                    sum.resize(part.len(), 0);
+                    sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+                }
+                sums.push(sum);
+            }
+            Ok(sums)
+        }
     }
     /// Whether saturations of what is called from now on are counted, as at first: what is computed
     /// a second time counts once.

@@ -198,7 +198,7 @@ fn le_bytes<T: Copy, const N: usize>(x: &[T], f: impl Fn(T) -> [u8; N]) -> Vec<u
 const PART: usize = 1 << 16;
 
 /// The gradient of every parameter, in the order of [`shapes`]: `FX(16)` times the loss scale.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Gradients(pub Vec<Vec<i64>>);
 
 impl Gradients {

@@ -4,12 +4,12 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 
-use super::parts::Parts;
 use super::work::{Output, Values, Work};
 use crate::engine::{Batch, Engine, EngineError, RowStats, Saturations, SeedRow};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{Decoder, DeviceGradients, Keep};
 use crate::model::generate::{Completion, Request, Sampling, UNIT_SCALE, draw, generate};
+use crate::model::weights::Gradients;
 
 /// What all lanes keep for their backward passes, and their sums of gradients, in bytes.
 const LANES_BYTES_MAX: usize = 1 << 30;
@@ -47,7 +47,8 @@ pub async fn execute<E: Engine>(
 ) -> Result<Output, EngineError> {
     let count = parts(engine, &decoder.config, work);
     if count < 2 {
-        return whole(engine, decoder, work, CACHE_BYTES_MAX, progress).await;
+        let part = whole(engine, decoder, work, CACHE_BYTES_MAX, progress).await?;
+        return join(engine, vec![part]).await;
     }
     let items = work.items();
     let range = |i: usize| i * items / count..(i + 1) * items / count;
@@ -63,15 +64,37 @@ pub async fn execute<E: Engine>(
         ready(whole(lane, decoder, &work.slice(range(i)), cache, report))
     };
     let own = |lane: &E| part(lane, 0, &mut progress);
-    let outputs = engine.on_lanes(count, own, |lane, i| part(lane, i, &mut |_| ()));
+    let parts = engine.on_lanes(count, own, |lane, i| part(lane, i, &mut |_| ()));
     progress(total.into_inner());
-    let mut parts = Parts::of(work);
-    for (i, output) in outputs.into_iter().enumerate() {
-        let (range, model) = (range(i), &decoder.config);
-        let supplied = parts.supply(work, range.start, range.len(), output?, model);
-        supplied.expect("an engine's output fits its work");
+    join(engine, parts.into_iter().collect::<Result<_, _>>()?).await
+}
+
+/// What a lane computed: its output, in which the gradient is not yet read.
+struct Part<E: Engine> {
+    output: Output,
+    gradients: Option<DeviceGradients<E>>,
+}
+
+/// The output of all parts of a work, which come in its order.
+async fn join<E: Engine>(engine: &E, parts: Vec<Part<E>>) -> Result<Output, EngineError> {
+    let (outputs, gradients): (Vec<_>, Vec<_>) =
+        parts.into_iter().map(|p| (p.output, p.gradients)).unzip();
+    let mut outputs = outputs.into_iter();
+    let mut all = outputs.next().expect("a work has a part");
+    for Output { saturations, values } in outputs {
+        all.saturations.merge(&saturations);
+        match (&mut all.values, values) {
+            (Values::Samples(all), Values::Samples(part)) => all.extend(part),
+            (Values::Scores(all), Values::Scores(part))
+            | (Values::Gradient(all, _), Values::Gradient(part, _)) => all.extend(part),
+            _ => unreachable!("parts of one work"),
+        }
     }
-    Ok(parts.into_output())
+    if let Values::Gradient(_, sums) = &mut all.values {
+        let gradients = gradients.into_iter().flatten().collect();
+        *sums = DeviceGradients::read_sum(gradients, engine).await?;
+    }
+    Ok(all)
 }
 
 /// The output of a future that never waits.
@@ -108,8 +131,9 @@ async fn whole<E: Engine>(
     work: &Work,
     cache_bytes: u64,
     mut progress: impl FnMut(usize),
-) -> Result<Output, EngineError> {
+) -> Result<Part<E>, EngineError> {
     engine.take_saturations().await?;
+    let mut gradients = None;
     let mut saturations = Saturations::default();
     let values = match work {
         Work::Sample { seed, temperature_scale, max_new_tokens, end, requests } => {
@@ -156,11 +180,12 @@ async fn whole<E: Engine>(
             .await?;
             let trained = stats.into_iter().zip(sequences);
             let stats = trained.map(|(mut s, q)| s.split_off(q.first as usize - 1)).collect();
-            Values::Gradient(stats, sum.read(engine).await?)
+            gradients = Some(sum);
+            Values::Gradient(stats, Gradients::default())
         }
     };
     saturations.merge(&engine.take_saturations().await?);
-    Ok(Output { saturations, values })
+    Ok(Part { output: Output { saturations, values }, gradients })
 }
 
 /// Samples again what was claimed, by one prefill over prompt and claim.

@@ -4,9 +4,11 @@
 //! which halves what every micro-batch reads and writes. Neither comes from the engine's pool: it
 //! would keep as much as the model has parameters while nobody needs it.
 
-use super::Cpu;
+use std::sync::{Mutex, PoisonError};
+
 use super::buffer::Buffer;
 use super::path::simd;
+use super::{Cpu, Path};
 
 /// A gradient (R, C).
 pub struct Gradient {
@@ -60,21 +62,49 @@ impl Gradient {
     }
 
     /// A copy of the sums.
-    pub(super) fn sums(&self, cpu: &Cpu) -> Vec<i64> {
-        let mut out = Self { len: self.len, wide: self.wide.clone(), narrow: None };
-        let sums = out.wide();
-        if let Some((narrow, _)) = &self.narrow {
-            add_totals(cpu.path, sums, narrow);
-        }
-        out.wide
+    pub(super) fn sums(&self) -> Vec<i64> {
+        let mut out = self.wide.clone();
+        out.resize(self.len, 0);
+        self.narrow.iter().for_each(|(narrow, _)| add_totals(Path::best(), &mut out, narrow));
+        out
     }
+}
 
-    /// The sums.
-    pub(super) fn into_sums(mut self, cpu: &Cpu) -> Vec<i64> {
-        self.settle(cpu);
-        self.wide();
-        self.wide
+/// The sums of each list of gradients of one length, each read and written once.
+pub(super) fn sums(cpu: &Cpu, lists: Vec<Vec<Gradient>>) -> Vec<Vec<i64>> {
+    let cost = lists.iter().flatten().map(Gradient::len).sum();
+    let places: Vec<Mutex<(Vec<Gradient>, Vec<i64>)>> =
+        lists.into_iter().map(|list| Mutex::new((list, Vec::new()))).collect();
+    cpu.workers.each(places.len(), cost, |i| {
+        let mut place = places[i].lock().unwrap_or_else(PoisonError::into_inner);
+        place.1 = sum(cpu.path, std::mem::take(&mut place.0));
+    });
+    let into_sum =
+        |place: Mutex<(_, Vec<i64>)>| place.into_inner().unwrap_or_else(PoisonError::into_inner).1;
+    places.into_iter().map(into_sum).collect()
+}
+
+/// The sum of gradients of one length.
+fn sum(path: Path, list: Vec<Gradient>) -> Vec<i64> {
+    let len = list.first().map_or(0, Gradient::len);
+    let (mut wide, mut narrow) = (Vec::new(), Vec::new());
+    for gradient in list {
+        wide.push(gradient.wide);
+        narrow.extend(gradient.narrow.map(|(sums, _)| sums));
     }
+    wide.retain(|sums| !sums.is_empty());
+    let mut wide = wide.into_iter();
+    let mut narrow = narrow.iter();
+    let mut out = wide.next().unwrap_or_else(|| match (narrow.next(), narrow.next()) {
+        (Some(a), Some(b)) => {
+            a.iter().zip(&**b).map(|(a, b)| i64::from(*a) + i64::from(*b)).collect()
+        }
+        (Some(a), None) => a.iter().map(|a| i64::from(*a)).collect(),
+        _ => vec![0; len],
+    });
+    wide.for_each(|sums| out.iter_mut().zip(sums).for_each(|(out, x)| *out += x));
+    narrow.for_each(|sums| add_totals(path, &mut out, sums));
+    out
 }
 
 simd! {
@@ -82,6 +112,54 @@ simd! {
     pub(super) fn add_totals(to: &mut [i64], from: &[i32]) {
         for (to, from) in to.iter_mut().zip(from) {
             *to += i64::from(*from);
+        }
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+    use crate::model::config::ModelConfig;
+
+    /// Breaks if a lane's sums are lost or read twice, whichever of them it has.
+    #[test]
+    fn sums_of_lanes_are_those_of_their_parts() {
+        const LEN: usize = 70;
+        let model = ModelConfig::preset("tiny", 64, 64).expect("a preset");
+        let cpu = Cpu::new(model.constants(), 2, None);
+        let lane = |seed: i64, is_wide: bool, is_narrow: bool| {
+            let mut gradient = Gradient::zeros(LEN);
+            let value = |i: usize| seed * 1_000_003 + i as i64;
+            if is_wide {
+                let sums = gradient.wide().iter_mut().enumerate();
+                sums.for_each(|(i, x)| *x += value(i) << 20);
+            }
+            if is_narrow {
+                let sums = gradient.narrow(&cpu, 1 << 29).iter_mut().enumerate();
+                sums.for_each(|(i, x)| *x += value(i) as i32);
+            }
+            gradient
+        };
+        for lanes in 1..4 {
+            let kinds = 1_usize << (2 * lanes);
+            let lists = || -> Vec<Vec<Gradient>> {
+                let kind = |k: usize, i: usize| k >> (2 * i) & 3;
+                let list = |k: usize| {
+                    let lane = |i| lane(i as i64 + 1, kind(k, i) & 1 == 1, kind(k, i) & 2 == 2);
+                    (0..lanes).map(lane).collect()
+                };
+                (0..kinds).map(list).collect()
+            };
+            let expected: Vec<Vec<i64>> = lists()
+                .iter()
+                .map(|list| {
+                    let each: Vec<Vec<i64>> = list.iter().map(Gradient::sums).collect();
+                    (0..LEN).map(|i| each.iter().map(|sums| sums[i]).sum()).collect()
+                })
+                .collect();
+            assert_eq!(sums(&cpu, lists()), expected, "{lanes} lanes");
+            assert_eq!(expected[0], [0; LEN]);
+            assert_eq!(expected[3][1], (1_000_004 << 20) + 1_000_004);
         }
     }
 }

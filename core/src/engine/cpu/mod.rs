@@ -285,11 +285,14 @@ impl Engine for Cpu {
     }
 
     async fn read_gradient(&self, grad: &Gradient) -> Result<Vec<i64>, EngineError> {
-        Ok(grad.sums(self))
+        Ok(grad.sums())
     }
 
-    async fn take_gradient(&self, grad: Gradient) -> Result<Vec<i64>, EngineError> {
-        Ok(grad.into_sums(self))
+    async fn take_gradients(
+        &self,
+        lists: Vec<Vec<Gradient>>,
+    ) -> Result<Vec<Vec<i64>>, EngineError> {
+        Ok(gradient::sums(self, lists))
     }
 
     fn count_saturations(&self, on: bool) {

@@ -65,10 +65,16 @@ impl<E: Engine> DeviceGradients<E> {
 
     /// The sums in the canonical order.
     pub async fn read(self, engine: &E) -> Result<Gradients, EngineError> {
-        let mut out = Vec::with_capacity(self.all.len());
-        for gradient in self.all {
-            out.push(engine.take_gradient(gradient).await?);
+        Self::read_sum(vec![self], engine).await
+    }
+
+    /// The sums of all of these, in the canonical order.
+    pub async fn read_sum(all: Vec<Self>, engine: &E) -> Result<Gradients, EngineError> {
+        let mut lists: Vec<Vec<E::Gradient>> = Vec::new();
+        for gradients in all {
+            lists.resize_with(gradients.all.len(), Vec::new);
+            lists.iter_mut().zip(gradients.all).for_each(|(list, g)| list.push(g));
         }
-        Ok(Gradients(out))
+        Ok(Gradients(engine.take_gradients(lists).await?))
     }
 }
