@@ -12,7 +12,8 @@ use manyhands_shaders::twin::{ACTIVATION_FRACTION, Segment, Site};
 
 use super::Cpu;
 use super::buffer::Buffer;
-use super::heads::{Cache, Queries, head_blocks, segment_panels};
+use super::cache::Cache;
+use super::heads::{Queries, head_blocks, segment_panels};
 use super::kernel::{
     Count, Job, Kind, PANEL, PANEL_BLOCK, PANEL_EXPONENTS, TILE, TILE_BLOCK, bias, fast_limit, run,
 };

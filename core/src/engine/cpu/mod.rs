@@ -14,8 +14,8 @@
 mod amx;
 mod attention;
 mod attention_backward;
-mod attention_loops;
 mod buffer;
+mod cache;
 mod embedding;
 mod gemm;
 mod gradient;
@@ -27,6 +27,7 @@ mod operands;
 mod pack;
 mod path;
 mod quantize;
+mod rotation;
 mod scalar;
 mod softmax;
 mod swiglu;
@@ -41,8 +42,9 @@ use manyhands_shaders::twin::{ACTIVATION_FRACTION, GRADIENT_FRACTION};
 
 use super::{Back, Batch, Constants, Engine, EngineError, RowStats, Saturations, SeedRow, Tiles};
 pub use buffer::Buffer;
+pub use cache::Cache;
 pub use gradient::Gradient;
-pub use heads::{Cache, Queries};
+pub use heads::Queries;
 pub use norm::Norm;
 pub use operands::{Panels, Weight};
 pub use path::Path;
@@ -143,7 +145,7 @@ impl Engine for Cpu {
     }
 
     fn cache(&self, slots: usize, capacity: usize) -> Cache {
-        heads::cache(self, slots, capacity)
+        cache::empty(self, slots, capacity)
     }
 
     fn gradient(&self, rows: usize, cols: usize) -> Gradient {
@@ -179,7 +181,7 @@ impl Engine for Cpu {
     }
 
     fn copy_slot(&self, cache: &mut Cache, from: usize, to: usize) {
-        heads::copy_slot(&self.constants.attention, cache, from, to);
+        cache::copy_slot(&self.constants.attention, cache, from, to);
     }
 
     fn attention(&self, q: &Queries, cache: &Cache, batch: &Batch) -> Panels {

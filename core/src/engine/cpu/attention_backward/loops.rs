@@ -1,13 +1,13 @@
-//! Vectorised loops between the products of [`super::attention_backward`].
+//! Vectorised loops between the products.
 
 use manyhands_shaders::bfp::{BLOCK, WEIGHT_BITS};
 use manyhands_shaders::twin::GRADIENT_FRACTION;
 
-use super::heads;
-use super::kernel::{EXPONENT_SHIFT, PANEL, TILE, ZERO_EXPONENT};
-use super::pack::{GROUP, Strip, magnitudes, scatter, strip, strip_folded};
-use super::path::simd;
-use super::scalar::{Rounding, integer, mulsh_wide, sat};
+use super::super::kernel::{EXPONENT_SHIFT, PANEL, TILE, ZERO_EXPONENT};
+use super::super::pack::{GROUP, Strip, magnitudes, scatter, strip, strip_folded};
+use super::super::path::simd;
+use super::super::rotation;
+use super::super::scalar::{Rounding, integer, mulsh_wide, sat};
 
 simd! {
     /// Up to 6 rows of `dS` from `dP`, in place, over `width` values (whole blocks); rows of both
@@ -149,7 +149,7 @@ simd! {
 simd! {
     /// Rotates `x` (D) back, in place; the number of clamps.
     pub(super) fn rotate_back(x: &mut [i32], cos: &[i32], sin: &[i32]) -> u64 {
-        heads::rotate_back(x, cos, sin).cast_unsigned()
+        rotation::rotate_back(x, cos, sin).cast_unsigned()
     }
 }
 
