@@ -17,6 +17,13 @@ use super::super::softmax::fold;
 use super::loops::{pack_columns, pack_square, scale, softmax_gradient};
 use super::{Counts, Head, Scratch};
 
+/// A right operand along rows: `[D / 32][tile]`.
+struct Right<'a> {
+    mantissas: &'a [i16],
+    /// Of columns, and the largest of each tile, unless they were folded into the left operand.
+    exponents: Option<(&'a [i32], &'a [i32])>,
+}
+
 impl Head<'_> {
     /// The operand for a product over rows: `x` (T, T) below the diagonal as panels in pairs.
     fn pack(
@@ -84,20 +91,42 @@ impl Head<'_> {
                 );
             }
         }
+        let right = Right { mantissas: along, exponents: Some((exponents, max)) };
+        self.along_rows(2, h, (pairs, pair_exponents), &right, counts, |_| ());
+    }
+
+    /// Adds products over rows, finished by `finish`, to `dK` or `dV`: a left operand in pairs with a
+    /// right one `[D / 32][tile]`, both zeros above the diagonal.
+    fn along_rows(
+        &self,
+        which: usize,
+        h: usize,
+        (pairs, pair_exponents): (&[i16], &[i32]),
+        right: &Right<'_>,
+        counts: &mut Counts,
+        finish: impl Fn(&mut [i32; PANEL * TILE]),
+    ) {
+        let (blocks, tiles) = self.shape();
         let count = Count::all(tiles);
         for panel in 0..self.s.rows.div_ceil(PANEL) {
             let (rows, from) = (self.positions(panel).0, panel * PANEL / TILE);
             for b in 0..blocks {
                 let mut y = [0; PANEL * TILE];
-                let (at, right) = (panel * tiles + from, b * tiles + from);
+                let (at, tile) = (panel * tiles + from, b * tiles + from);
+                let (kind, exponents, max, step) = match right.exponents {
+                    None => (Kind::Pairs, &raw const NO_EXPONENT, std::ptr::null(), 0),
+                    Some((e, max)) => {
+                        (Kind::PairsColumns, e[tile * TILE..].as_ptr(), max[tile..].as_ptr(), 1)
+                    }
+                };
                 let job = Job {
                     a: pairs[at * PANEL_BLOCK..].as_ptr(),
                     a_exponents: pair_exponents[at * PANEL_EXPONENTS..].as_ptr(),
-                    b: along[right * TILE_BLOCK..].as_ptr(),
-                    b_exponents: exponents[right * TILE..].as_ptr(),
-                    b_stride: TILE,
-                    b_max: max[right..].as_ptr(),
-                    b_max_stride: 1,
+                    b: right.mantissas[tile * TILE_BLOCK..].as_ptr(),
+                    b_exponents: exponents,
+                    b_stride: step * TILE,
+                    b_max: max,
+                    b_max_stride: step,
                     blocks: tiles - from,
                     bias: bias(GRADIENT_FRACTION),
                     limit: fast_limit(self.path(), tiles),
@@ -106,8 +135,9 @@ impl Head<'_> {
                     stride: TILE,
                 };
                 // SAFETY: both operands hold the blocks from the diagonal on; `y` holds 6 rows.
-                counts.matmul += unsafe { run(self.path(), Kind::PairsColumns, PANEL, &job) };
-                counts.attention += self.accumulate(2, h, panel, rows, b, &y);
+                counts.matmul += unsafe { run(self.path(), kind, PANEL, &job) };
+                finish(&mut y);
+                counts.attention += self.accumulate(which, h, panel, rows, b, &y);
             }
         }
     }
@@ -263,36 +293,11 @@ impl Head<'_> {
     /// `dK += dS^T Q / sqrt(D)`.
     pub(super) fn keys_gradient(&self, h: usize, scratch: &mut Scratch, counts: &mut Counts) {
         let c = &self.cpu.constants.attention;
-        let (blocks, tiles) = self.shape();
         let Scratch { ds, q_canonical, pairs, pair_exponents, rows: along, .. } = scratch;
         let folded = Some(&q_canonical[..self.s.rows]);
         self.pack(ds, folded, -GRADIENT_FRACTION, WEIGHT_BITS, pairs, pair_exponents);
-        let count = Count::all(tiles);
-        for panel in 0..self.s.rows.div_ceil(PANEL) {
-            let (rows, from) = (self.positions(panel).0, panel * PANEL / TILE);
-            for b in 0..blocks {
-                let mut y = [0; PANEL * TILE];
-                let at = panel * tiles + from;
-                let job = Job {
-                    a: pairs[at * PANEL_BLOCK..].as_ptr(),
-                    a_exponents: pair_exponents[at * PANEL_EXPONENTS..].as_ptr(),
-                    b: along[(b * tiles + from) * TILE_BLOCK..].as_ptr(),
-                    b_exponents: &raw const NO_EXPONENT,
-                    b_stride: 0,
-                    b_max: std::ptr::null(),
-                    b_max_stride: 0,
-                    blocks: tiles - from,
-                    bias: bias(GRADIENT_FRACTION),
-                    limit: fast_limit(self.path(), tiles),
-                    count: &raw const count,
-                    out: y.as_mut_ptr(),
-                    stride: TILE,
-                };
-                // SAFETY: both operands hold the blocks from the diagonal on; `y` holds 6 rows.
-                counts.matmul += unsafe { run(self.path(), Kind::Pairs, PANEL, &job) };
-                scale(self.path(), &mut y, c.inverse_root);
-                counts.attention += self.accumulate(1, h, panel, rows, b, &y);
-            }
-        }
+        let right = Right { mantissas: along, exponents: None };
+        let scale = |y: &mut [i32; PANEL * TILE]| scale(self.path(), y, c.inverse_root);
+        self.along_rows(1, h, (pairs, pair_exponents), &right, counts, scale);
     }
 }
