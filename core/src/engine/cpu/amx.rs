@@ -251,7 +251,7 @@ pub(super) fn weight_gradient(
     let groups = sides.div_ceil(group);
     for from in (0..blocks).step_by(fit) {
         let n = fit.min(blocks - from);
-        let shared = Shared::new(grad.narrow(cpu, n as i64 * term));
+        let shared = Shared::new(grad.narrow(cpu.path, n as i64 * term));
         let cost = rows * tiles * n * PANEL_BLOCK_NS / PANEL;
         cpu.workers.each(groups * tiles, cost, |i| {
             let (first, tile) = (i / tiles * group, i % tiles);

@@ -41,24 +41,14 @@ impl Gradient {
     /// Sums to add up to `bound` to, after which they are at most `LIM`; only zeros if `bound` alone
     /// is more.
     #[cfg(target_arch = "x86_64")] // whose tile unit has large products
-    pub(super) fn narrow(&mut self, cpu: &Cpu, bound: i64) -> &mut [i32] {
+    pub(super) fn narrow(&mut self, path: Path, bound: i64) -> &mut [i32] {
         let room = i64::from(manyhands_shaders::x1::LIM) - bound;
-        if self.narrow.as_ref().is_some_and(|(_, held)| *held > room) {
-            self.settle(cpu);
+        if let Some((sums, _)) = self.narrow.take_if(|(_, held)| *held > room) {
+            add_totals(path, self.wide(), &sums);
         }
         let (sums, held) = self.narrow.get_or_insert_with(|| (Buffer::zeros(self.len), 0));
         *held += bound;
         sums
-    }
-
-    /// Brings all sums to `wide`.
-    fn settle(&mut self, cpu: &Cpu) {
-        let Some((sums, _)) = self.narrow.take() else { return };
-        if self.wide.is_empty() {
-            self.wide = sums.iter().map(|&x| x.into()).collect();
-        } else {
-            add_totals(cpu.path, &mut self.wide, &sums);
-        }
     }
 
     /// A copy of the sums.
@@ -89,10 +79,9 @@ fn sum(path: Path, list: Vec<Gradient>) -> Vec<i64> {
     let len = list.first().map_or(0, Gradient::len);
     let (mut wide, mut narrow) = (Vec::new(), Vec::new());
     for gradient in list {
-        wide.push(gradient.wide);
+        wide.extend(Some(gradient.wide).filter(|sums| !sums.is_empty()));
         narrow.extend(gradient.narrow.map(|(sums, _)| sums));
     }
-    wide.retain(|sums| !sums.is_empty());
     let mut wide = wide.into_iter();
     let mut narrow = narrow.iter();
     let mut out = wide.next().unwrap_or_else(|| match (narrow.next(), narrow.next()) {
@@ -135,7 +124,7 @@ mod tests {
                 sums.for_each(|(i, x)| *x += value(i) << 20);
             }
             if is_narrow {
-                let sums = gradient.narrow(&cpu, 1 << 29).iter_mut().enumerate();
+                let sums = gradient.narrow(cpu.path, 1 << 29).iter_mut().enumerate();
                 sums.for_each(|(i, x)| *x += value(i) as i32);
             }
             gradient
