@@ -52,10 +52,10 @@ impl Gradient {
     }
 
     /// A copy of the sums.
-    pub(super) fn sums(&self) -> Vec<i64> {
+    pub(super) fn sums(&self, path: Path) -> Vec<i64> {
         let mut out = self.wide.clone();
         out.resize(self.len, 0);
-        self.narrow.iter().for_each(|(narrow, _)| add_totals(Path::best(), &mut out, narrow));
+        self.narrow.iter().for_each(|(narrow, _)| add_totals(path, &mut out, narrow));
         out
     }
 }
@@ -142,7 +142,7 @@ mod tests {
             let expected: Vec<Vec<i64>> = lists()
                 .iter()
                 .map(|list| {
-                    let each: Vec<Vec<i64>> = list.iter().map(Gradient::sums).collect();
+                    let each: Vec<Vec<i64>> = list.iter().map(|g| g.sums(cpu.path)).collect();
                     (0..LEN).map(|i| each.iter().map(|sums| sums[i]).sum()).collect()
                 })
                 .collect();

@@ -287,7 +287,7 @@ impl Engine for Cpu {
     }
 
     async fn read_gradient(&self, grad: &Gradient) -> Result<Vec<i64>, EngineError> {
-        Ok(grad.sums())
+        Ok(grad.sums(self.path))
     }
 
     async fn take_gradients(
